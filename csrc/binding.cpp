@@ -1,0 +1,103 @@
+// The one place that knows Python.  Tensors come as addresses; what they mean is checked in fastdiv/backends/native.py.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <string>
+#include <vector>
+
+#include "pointwise.h"
+#include "rows.h"
+
+namespace py = pybind11;
+
+namespace {
+
+using Address = uintptr_t;
+
+template <typename T>
+T* at(Address address) {
+  return reinterpret_cast<T*>(address);
+}
+
+// Rows are independent and each is one thread's: results do not depend on the number of threads.
+template <typename Args>
+void for_each_row(void (*kernel)(const Args&, int64_t), const Args& args, int threads) {
+  const int64_t rows = args.tile.rows;
+#pragma omp parallel for schedule(dynamic) num_threads(threads)
+  for (int64_t row = 0; row < rows; ++row) kernel(args, row);
+}
+
+fd::Terms terms(const std::vector<int32_t>& divergences, const std::vector<float>& parameters) {
+  return {divergences.data(), parameters.data(), static_cast<int64_t>(divergences.size())};
+}
+
+std::string instruction_set() {
+#if defined(__x86_64__) && defined(__GNUC__)
+  if (__builtin_cpu_supports("x86-64-v4")) return "AVX-512";
+  if (__builtin_cpu_supports("x86-64-v3")) return "AVX2";
+#endif
+  return "base";
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, m) {
+  using Release = py::call_guard<py::gil_scoped_release>;
+
+  py::class_<fd::Logits>(m, "Logits")
+      .def(py::init([](Address data, Address offsets, int32_t dtype, float scale, float softcap) {
+        return fd::Logits{at<const void>(data), at<const int64_t>(offsets), dtype, scale, softcap};
+      }));
+
+  py::class_<fd::Tile>(m, "Tile").def(
+      py::init([](const fd::Logits& student, const fd::Logits& teacher, int64_t rows, int64_t columns,
+                  int64_t first_column, Address inverse_temperature, Address labels, int64_t labels_per_row) {
+        return fd::Tile{student,
+                        teacher,
+                        rows,
+                        columns,
+                        first_column,
+                        at<const float>(inverse_temperature),
+                        at<const int64_t>(labels),
+                        labels_per_row};
+      }));
+
+  m.def(
+      "accumulate",
+      [](const fd::Tile& tile, int32_t wanted, Address state, Address label_logits, int threads) {
+        for_each_row(fd::accumulate_row,
+                     fd::Accumulate{tile, wanted, at<fd::RowState>(state), at<float>(label_logits)}, threads);
+      },
+      Release());
+
+  m.def(
+      "compare",
+      [](const fd::Tile& tile, const std::vector<int32_t>& divergences, const std::vector<float>& parameters,
+         Address state, Address label_logits, Address sums, Address rank, int threads) {
+        for_each_row(fd::compare_row,
+                     fd::Compare{tile, terms(divergences, parameters), at<const fd::RowState>(state),
+                                 at<const float>(label_logits), at<double>(sums), at<int64_t>(rank)},
+                     threads);
+      },
+      Release());
+
+  m.def(
+      "gradient",
+      [](const fd::Tile& tile, const std::vector<int32_t>& divergences, const std::vector<float>& parameters,
+         Address state, Address coefficients, Address label_gains, Address student, Address student_offsets,
+         Address teacher, Address teacher_offsets, int threads) {
+        for_each_row(fd::gradient_row,
+                     fd::Gradient{tile, terms(divergences, parameters), at<const fd::RowState>(state),
+                                  at<const float>(coefficients), at<const float>(label_gains), at<void>(student),
+                                  at<void>(teacher), at<const int64_t>(student_offsets),
+                                  at<const int64_t>(teacher_offsets)},
+                     threads);
+      },
+      Release());
+
+  m.def("instruction_set", &instruction_set);
+  m.attr("state_fields") = sizeof(fd::RowState) / sizeof(double);
+#define FD_NAME(name) #name,
+  m.attr("divergences") = std::vector<std::string>{FD_DIVERGENCES(FD_NAME)};
+#undef FD_NAME
+}

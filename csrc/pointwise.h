@@ -1,0 +1,85 @@
+// Generated from fastdiv/pointwise.py by `python -m fastdiv.translate`; a test keeps the two equal.
+// clang-format off
+#pragma once
+#include "language.h"
+
+// Every divergence, in the order of fastdiv/divergences.py: the place in this list is its number.
+#define FD_DIVERGENCES(X) X(forward_kl) X(reverse_kl) X(jeffreys) X(js) X(tv)
+
+namespace fd {
+
+FD_INLINE float forward_kl_value(float d, float p, float q, float) {
+  return (abs(d) < 0.5f ? (q * phi(d)) : ((p - q) - (q > 0.0f ? (q * d) : 0.0f)));
+}
+
+FD_INLINE float forward_kl_dlp(float d, float p, float q, float) {
+  return (abs(d) < 0.5f ? (q * (d + phi(d))) : (p - q));
+}
+
+FD_INLINE float forward_kl_dlq(float d, float, float q, float) {
+  return (q > 0.0f ? (-q * d) : 0.0f);
+}
+
+FD_INLINE float reverse_kl_value(float d, float p, float q, float) {
+  return (abs(d) < 0.5f ? (p * phi(-d)) : ((q - p) + (p > 0.0f ? (p * d) : 0.0f)));
+}
+
+FD_INLINE float reverse_kl_dlp(float d, float p, float, float) {
+  return (p > 0.0f ? (p * d) : 0.0f);
+}
+
+FD_INLINE float reverse_kl_dlq(float d, float p, float q, float) {
+  return (abs(d) < 0.5f ? (p * (phi(-d) - d)) : (q - p));
+}
+
+FD_INLINE float jeffreys_value(float d, float p, float q, float) {
+  return (abs(d) < 0.5f ? ((q * (d + phi(d))) * d) : ((p - q) * d));
+}
+
+FD_INLINE float jeffreys_dlp(float d, float p, float q, float a) {
+  return (forward_kl_dlp(d, p, q, a) + reverse_kl_dlp(d, p, q, a));
+}
+
+FD_INLINE float jeffreys_dlq(float d, float p, float q, float a) {
+  return (forward_kl_dlq(d, p, q, a) + reverse_kl_dlq(d, p, q, a));
+}
+
+FD_INLINE float log_mixture_over_p(float d, float a) {
+  const float w = (a * (phi(-d) - d));
+  const float far = (log(((d > 0.0f ? (1.0f - a) : a) + ((d > 0.0f ? a : (1.0f - a)) * exp(-abs(d))))) - (d > 0.0f ? 0.0f : d));
+  return (abs(d) < 0.25f ? (w - psi(w)) : far);
+}
+
+FD_INLINE float log_mixture_over_q(float d, float a) {
+  return log_mixture_over_p(-d, (1.0f - a));
+}
+
+FD_INLINE float js_value(float d, float p, float q, float a) {
+  const float u = ((1.0f - a) * (d + phi(d)));
+  const float w = (a * (phi(-d) - d));
+  const float far_q = (q > 0.0f ? (q * log_mixture_over_q(d, a)) : 0.0f);
+  const float far_p = (p > 0.0f ? (p * log_mixture_over_p(d, a)) : 0.0f);
+  return (abs(d) < 0.25f ? (((a * q) * psi(u)) + (((1.0f - a) * p) * psi(w))) : ((-a * far_q) - ((1.0f - a) * far_p)));
+}
+
+FD_INLINE float js_dlp(float d, float p, float, float a) {
+  return (p > 0.0f ? (((a - 1.0f) * p) * log_mixture_over_p(d, a)) : 0.0f);
+}
+
+FD_INLINE float js_dlq(float d, float, float q, float a) {
+  return (q > 0.0f ? ((-a * q) * log_mixture_over_q(d, a)) : 0.0f);
+}
+
+FD_INLINE float tv_value(float d, float p, float q, float) {
+  return (0.5f * (abs(d) < 0.5f ? (q * abs((d + phi(d)))) : abs((p - q))));
+}
+
+FD_INLINE float tv_dlp(float d, float p, float, float) {
+  return (d > 0.0f ? (0.5f * p) : (d < 0.0f ? (-0.5f * p) : 0.0f));
+}
+
+FD_INLINE float tv_dlq(float d, float, float q, float) {
+  return (d > 0.0f ? (-0.5f * q) : (d < 0.0f ? (0.5f * q) : 0.0f));
+}
+
+}  // namespace fd

@@ -1,0 +1,360 @@
+// Row kernels for CPUs.  A row is walked in chunks that stay in the first-level cache: float inside a chunk,
+// double between chunks.  Every loop vectorises; each entry point is compiled for AVX-512, AVX2 and the base
+// instruction set.
+#include <algorithm>
+#include <vector>
+
+#include "pointwise.h"
+#include "row_state.h"
+
+#if defined(__x86_64__) && defined(__gnu_linux__) && !defined(__clang__)
+#define FD_CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
+#else
+#define FD_CLONES
+#endif
+
+namespace fd {
+namespace {
+
+constexpr int64_t kChunk = 1024;
+constexpr float kLowestLog = -104.0f;  // exp of it is 0 in float: keeps 0 * (-inf) out of p * log p
+
+struct BFloat16 {
+  uint16_t bits;
+};
+FD_INLINE float widen(float x) { return x; }
+FD_INLINE float widen(_Float16 x) { return static_cast<float>(x); }
+FD_INLINE float widen(BFloat16 x) { return from_bits(static_cast<uint32_t>(x.bits) << 16); }
+FD_INLINE void narrow(float x, float& out) { out = x; }
+FD_INLINE void narrow(float x, _Float16& out) { out = static_cast<_Float16>(x); }
+FD_INLINE void narrow(float x, BFloat16& out) {
+  const uint32_t u = to_bits(x), rounded = u + 0x7fffu + ((u >> 16) & 1u);
+  out.bits = static_cast<uint16_t>(x != x ? 0x7fc0u : rounded >> 16);
+}
+
+FD_INLINE float tanh(float x) {
+  const float t = -2.0f * abs(x);
+  const float m = t > -0.5f ? t + phi(t) : exp(t) - 1.0f;  // exp(-2|x|) - 1
+  return __builtin_copysignf(m / (2.0f + m), x);
+}
+
+template <typename T>
+FD_INLINE void load(const T* from, int64_t n, float scale, float softcap, float* to) {
+  if (softcap == 0.0f) {
+#pragma omp simd
+    for (int64_t i = 0; i < n; ++i) to[i] = widen(from[i]) * scale;
+  } else {
+    const float inner = scale / softcap;
+#pragma omp simd
+    for (int64_t i = 0; i < n; ++i) to[i] = softcap * tanh(widen(from[i]) * inner);
+  }
+}
+
+// Transformed logits of one chunk: the tensor's own memory where there is nothing to transform, else
+// `buffer`.
+FD_INLINE const float* chunk(const Logits& side, int64_t row, int64_t column, int64_t n, float* buffer) {
+  const int64_t at = side.offsets[row] + column;
+  switch (side.dtype) {
+    case kFloat32: {
+      const float* x = static_cast<const float*>(side.data) + at;
+      if (side.scale == 1.0f && side.softcap == 0.0f) return x;
+      load(x, n, side.scale, side.softcap, buffer);
+      break;
+    }
+    case kFloat16:
+      load(static_cast<const _Float16*>(side.data) + at, n, side.scale, side.softcap, buffer);
+      break;
+    default:
+      load(static_cast<const BFloat16*>(side.data) + at, n, side.scale, side.softcap, buffer);
+  }
+  return buffer;
+}
+
+FD_INLINE float maximum(const float* x, int64_t n) {
+  float m = -INFINITY;
+#pragma omp simd reduction(max : m)
+  for (int64_t i = 0; i < n; ++i) m = x[i] > m ? x[i] : m;
+  return m;
+}
+
+// e = exp((x - max) / temperature), and what it sums to beyond the single maximum counted when it was
+// `raised`.
+FD_INLINE void exponentials(const float* x, int64_t n, float max, float it, bool raised, float* e,
+                            double& tail, double& first) {
+  float sum = 0.0f, top = 0.0f, moment = 0.0f;
+#pragma omp simd reduction(+ : sum, top, moment)
+  for (int64_t i = 0; i < n; ++i) {
+    const float z = (x[i] - max) * it, p = exp(z);
+    const bool is_top = x[i] == max;
+    e[i] = p;
+    top += is_top ? 1.0f : 0.0f;
+    sum += is_top ? 0.0f : p;
+    moment += p * (z > kLowestLog ? z : kLowestLog);
+  }
+  tail += static_cast<double>(sum) + (static_cast<double>(top) - (raised ? 1.0 : 0.0));
+  first += moment;
+}
+
+// Log-probabilities against final normalisers.
+struct Frame {
+  float max, log_norm;
+  explicit Frame(const Normaliser& n) : max(offset(n)), log_norm(static_cast<float>(log_sum(n))) {
+    if (n.max == -INFINITY) log_norm = NAN;
+  }
+};
+
+// p, q and d = log p - log q of one chunk.  d is formed from the difference of the logits.
+FD_INLINE void compare(const float* x, const float* y, int64_t n, const RowState& s, float it, float* p,
+                       float* q, float* d) {
+  const Frame fx(s.student), fy(s.teacher);
+  const float shift = static_cast<float>(s.student.max - s.teacher.max);
+  const float norm = static_cast<float>(log_sum(s.student) - log_sum(s.teacher));
+#pragma omp simd
+  for (int64_t i = 0; i < n; ++i) {
+    p[i] = exp((x[i] - fx.max) * it - fx.log_norm);
+    q[i] = exp((y[i] - fy.max) * it - fy.log_norm);
+    const float difference = ((x[i] - y[i]) - shift) * it - norm;
+    d[i] = (p[i] == 0.0f) & (q[i] == 0.0f) ? 0.0f : difference;
+  }
+}
+
+template <typename F>
+FD_INLINE double sum_of(F f, const float* d, const float* p, const float* q, int64_t n) {
+  float s = 0.0f;
+#pragma omp simd reduction(+ : s)
+  for (int64_t i = 0; i < n; ++i) s += f(d[i], p[i], q[i]);
+  return s;
+}
+
+template <typename F>
+FD_INLINE void add_to(F f, float gain, const float* d, const float* p, const float* q, int64_t n,
+                      float* out) {
+#pragma omp simd
+  for (int64_t i = 0; i < n; ++i) out[i] += gain * f(d[i], p[i], q[i]);
+}
+
+enum Number : int32_t {
+#define FD_NUMBER(name) k_##name,
+  FD_DIVERGENCES(FD_NUMBER)
+#undef FD_NUMBER
+};
+
+#define FD_BIND(function, a) \
+  [a](float d, float p, float q) __attribute__((always_inline)) { return function(d, p, q, a); }
+
+FD_INLINE void add_sums(int32_t number, float a, const float* d, const float* p, const float* q, int64_t n,
+                        double* s) {
+  switch (number) {
+#define FD_CASE(name)                                     \
+  case k_##name:                                          \
+    s[0] += sum_of(FD_BIND(name##_value, a), d, p, q, n); \
+    s[1] += sum_of(FD_BIND(name##_dlp, a), d, p, q, n);   \
+    s[2] += sum_of(FD_BIND(name##_dlq, a), d, p, q, n);   \
+    break;
+    FD_DIVERGENCES(FD_CASE)
+#undef FD_CASE
+  }
+}
+
+FD_INLINE void add_gradients(int32_t number, float a, float gain, const float* d, const float* p,
+                             const float* q, int64_t n, float* student, float* teacher) {
+  switch (number) {
+#define FD_CASE(name)                                                       \
+  case k_##name:                                                            \
+    add_to(FD_BIND(name##_dlp, a), gain, d, p, q, n, student);              \
+    if (teacher) add_to(FD_BIND(name##_dlq, a), gain, d, p, q, n, teacher); \
+    break;
+    FD_DIVERGENCES(FD_CASE)
+#undef FD_CASE
+  }
+}
+
+// Back through t(x): out = g * dt/dx / temperature, and exactly 0 where the logit is -inf.
+template <typename T>
+FD_INLINE void store(const float* g, const float* t, int64_t n, float it, float scale, float softcap,
+                     T* out) {
+  const float factor = it * scale, inverse = softcap == 0.0f ? 0.0f : 1.0f / softcap;
+#pragma omp simd
+  for (int64_t i = 0; i < n; ++i) {
+    const float capped = t[i] * inverse;
+    const float slope = softcap == 0.0f ? factor : factor * (1.0f - capped * capped);
+    narrow(t[i] == -INFINITY ? 0.0f : g[i] * slope, out[i]);
+  }
+}
+
+FD_INLINE void store(const Logits& side, const float* g, const float* t, int64_t n, float it, void* out,
+                     int64_t at) {
+  switch (side.dtype) {
+    case kFloat32:
+      return store(g, t, n, it, side.scale, side.softcap, static_cast<float*>(out) + at);
+    case kFloat16:
+      return store(g, t, n, it, side.scale, side.softcap, static_cast<_Float16*>(out) + at);
+    default:
+      return store(g, t, n, it, side.scale, side.softcap, static_cast<BFloat16*>(out) + at);
+  }
+}
+
+}  // namespace
+
+FD_CLONES void accumulate_row(const Accumulate& args, int64_t row) {
+  const Tile& tile = args.tile;
+  const bool pair = tile.teacher.data != nullptr;
+  const float it = tile.inverse_temperature[row];
+  RowState s = args.state[row];
+  alignas(64) float x_buffer[kChunk], y_buffer[kChunk], p[kChunk], q[kChunk];
+
+  for (int64_t c = 0; c < tile.columns; c += kChunk) {
+    const int64_t n = std::min(kChunk, tile.columns - c);
+    const float* x = chunk(tile.student, row, c, n, x_buffer);
+    const float* y = pair ? chunk(tile.teacher, row, c, n, y_buffer) : nullptr;
+    const float x_top = maximum(x, n), y_top = pair ? maximum(y, n) : -INFINITY;
+    const bool x_raised = x_top > s.student.max, y_raised = y_top > s.teacher.max;
+    if (x_raised && (args.wanted & kArgmax))
+      s.argmax = static_cast<double>(tile.first_column + c + (std::find(x, x + n, x_top) - x));
+    if (x_raised || y_raised)
+      raise(s, std::max<double>(x_top, s.student.max), std::max<double>(y_top, s.teacher.max), it);
+
+    exponentials(x, n, offset(s.student), it, x_raised, p, s.student.tail, s.first);
+    if (args.wanted & kSecond) {
+      float sum = 0.0f;
+      const float max = offset(s.student);
+#pragma omp simd reduction(+ : sum)
+      for (int64_t i = 0; i < n; ++i) {
+        const float z = (x[i] - max) * it, low = z > kLowestLog ? z : kLowestLog;
+        sum += p[i] * low * low;
+      }
+      s.second += sum;
+    }
+    if (args.wanted & kSquares) {
+      const float max = offset(s.student);
+      float sum = 0.0f, top = 0.0f;
+#pragma omp simd reduction(+ : sum, top)
+      for (int64_t i = 0; i < n; ++i) {
+        const bool is_top = x[i] == max;
+        top += is_top ? 1.0f : 0.0f;
+        sum += is_top ? 0.0f : p[i] * p[i];
+      }
+      s.squares += static_cast<double>(sum) + (static_cast<double>(top) - (x_raised ? 1.0 : 0.0));
+    }
+    if (args.wanted & kSum) {
+      float sum = 0.0f;
+#pragma omp simd reduction(+ : sum)
+      for (int64_t i = 0; i < n; ++i) sum += x[i];
+      s.sum += sum;
+    }
+    if (pair) {
+      double unused = 0.0;
+      exponentials(y, n, offset(s.teacher), it, y_raised, q, s.teacher.tail, unused);
+    }
+    if (args.wanted & (kForward | kReverse)) {
+      const float shift = static_cast<float>(static_cast<double>(offset(s.student)) - offset(s.teacher));
+      float forward = 0.0f, reverse = 0.0f;
+#pragma omp simd reduction(+ : forward, reverse)
+      for (int64_t i = 0; i < n; ++i) {
+        const float difference = ((x[i] - y[i]) - shift) * it;
+        const float d = (p[i] == 0.0f) & (q[i] == 0.0f) ? 0.0f : difference;
+        forward += forward_kl_value(d, p[i], q[i], 0.0f);
+        reverse += reverse_kl_value(d, p[i], q[i], 0.0f);
+      }
+      s.forward += forward;
+      s.reverse += reverse;
+    }
+    for (int64_t k = 0; k < tile.labels_per_row; ++k) {
+      const int64_t at = tile.labels[row * tile.labels_per_row + k] - tile.first_column - c;
+      if (at >= 0 && at < n) args.label_logits[row * tile.labels_per_row + k] = x[at];
+    }
+  }
+  args.state[row] = s;
+}
+
+FD_CLONES void compare_row(const Compare& args, int64_t row) {
+  const Tile& tile = args.tile;
+  const RowState& s = args.state[row];
+  const float it = tile.inverse_temperature[row];
+  const int64_t k_end = args.rank ? tile.labels_per_row : 0;
+  double* sums = args.sums + row * args.terms.count * 3;
+  alignas(64) float x_buffer[kChunk], y_buffer[kChunk], p[kChunk], q[kChunk], d[kChunk];
+
+  for (int64_t c = 0; c < tile.columns; c += kChunk) {
+    const int64_t n = std::min(kChunk, tile.columns - c);
+    const float* x = chunk(tile.student, row, c, n, x_buffer);
+    if (args.terms.count) {
+      const float* y = chunk(tile.teacher, row, c, n, y_buffer);
+      compare(x, y, n, s, it, p, q, d);
+      for (int64_t i = 0; i < args.terms.count; ++i)
+        add_sums(args.terms.divergence[i], args.terms.parameter[i], d, p, q, n, sums + 3 * i);
+    }
+    for (int64_t k = 0; k < k_end; ++k) {
+      const float label = args.label_logits[row * tile.labels_per_row + k];
+      int32_t above = 0;
+#pragma omp simd reduction(+ : above)
+      for (int64_t i = 0; i < n; ++i) above += x[i] > label ? 1 : 0;
+      args.rank[row * tile.labels_per_row + k] += above;
+    }
+  }
+}
+
+FD_CLONES void gradient_row(const Gradient& args, int64_t row) {
+  const Tile& tile = args.tile;
+  const RowState& s = args.state[row];
+  const bool pair = args.terms.count > 0 || args.teacher;
+  const float it = tile.inverse_temperature[row];
+  const float* c_ = args.coefficients + row * (6 + args.terms.count);
+  const float *gains = c_ + 6, c1 = c_[1], c2 = c_[2], c3 = c_[3], c4 = c_[4], e0 = c_[5];
+  const int64_t* labels = tile.labels + row * tile.labels_per_row;
+  const float* label_gains = args.label_gains + row * tile.labels_per_row;
+  double label_total = 0.0;
+  for (int64_t k = 0; k < tile.labels_per_row; ++k) label_total += label_gains[k];
+  const float c0 = static_cast<float>(c_[0] - label_total);
+  const Frame frame(s.student);
+  const double log_norm = log_sum(s.student);
+  alignas(64) float x_buffer[kChunk], y_buffer[kChunk], p[kChunk], q[kChunk], d[kChunk], dx[kChunk],
+      dy[kChunk];
+
+  for (int64_t c = 0; c < tile.columns; c += kChunk) {
+    const int64_t n = std::min(kChunk, tile.columns - c);
+    const float* x = chunk(tile.student, row, c, n, x_buffer);
+    const float* y = pair ? chunk(tile.teacher, row, c, n, y_buffer) : nullptr;
+    std::fill(dx, dx + n, 0.0f);
+    if (pair) {
+      compare(x, y, n, s, it, p, q, d);
+      if (args.teacher) {
+#pragma omp simd
+        for (int64_t i = 0; i < n; ++i) dy[i] = e0 * q[i];
+      }
+      for (int64_t i = 0; i < args.terms.count; ++i)
+        add_gradients(args.terms.divergence[i], args.terms.parameter[i], gains[i], d, p, q, n, dx,
+                      args.teacher ? dy : nullptr);
+      if (args.teacher) store(tile.teacher, dy, y, n, it, args.teacher, args.teacher_offsets[row] + c);
+    }
+    if (!args.student) continue;
+    // The label's entry has a factor 1 - p that float cannot hold when p is near 1: it is redone in double
+    // below.
+    struct Exact {
+      int64_t at;
+      float value;
+    };
+    static thread_local std::vector<Exact> exact;
+    exact.clear();
+    for (int64_t k = 0; k < tile.labels_per_row; ++k) {
+      const int64_t at = labels[k] - tile.first_column - c;
+      if (at < 0 || at >= n) continue;
+      double same = 0.0;
+      for (int64_t j = 0; j < tile.labels_per_row; ++j) same += labels[j] == labels[k] ? label_gains[j] : 0.0;
+      const double lp = (static_cast<double>(x[at]) - s.student.max) * it - log_norm, pd = std::exp(lp);
+      const double poly = pd == 0.0 ? 0.0 : pd * (c_[0] + lp * (c1 + lp * c2) + c3 * pd);
+      exact.push_back(
+          {at, static_cast<float>(dx[at] + poly + c4 - same * std::expm1(lp) - (label_total - same) * pd)});
+    }
+#pragma omp simd
+    for (int64_t i = 0; i < n; ++i) {
+      const float lp = (x[i] - frame.max) * it - frame.log_norm, pi = exp(lp);
+      const float low = lp > kLowestLog ? lp : kLowestLog;
+      dx[i] += pi * (c0 + low * (c1 + low * c2) + c3 * pi) + c4;
+    }
+    for (const Exact& e : exact) dx[e.at] = e.value;
+    store(tile.student, dx, x, n, it, args.student, args.student_offsets[row] + c);
+  }
+}
+
+}  // namespace fd

@@ -1,0 +1,57 @@
+"""Exact per-token log-probabilities, entropies and divergences of language models, fused and differentiable."""
+
+from __future__ import annotations
+
+from fastdiv import objectives, select
+from fastdiv.log import configure as _configure
+from fastdiv.ops.covariance import MaskedCovariance, masked_covariance
+from fastdiv.ops.divergence import divergence
+from fastdiv.ops.linear import linear_loss
+from fastdiv.ops.logprob import entropy, log_prob
+from fastdiv.ops.stats import TokenStats, token_stats
+from fastdiv.sources import LinearLogits, Logits
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "LinearLogits",
+    "Logits",
+    "MaskedCovariance",
+    "TokenStats",
+    "divergence",
+    "entropy",
+    "info",
+    "linear_loss",
+    "log_prob",
+    "masked_covariance",
+    "objectives",
+    "select",
+    "token_stats",
+]
+
+
+def info() -> dict[str, object]:
+    """What is installed here: versions, backends (None, or why one is absent), the native build's instruction set."""
+    import sys
+
+    import torch
+
+    from fastdiv import backends
+
+    found = backends.available()
+    native: str | None = None
+    if found["native"] is None:
+        from fastdiv import _C
+
+        native = _C.instruction_set()
+    return {
+        "fastdiv": __version__,
+        "python": sys.version.split()[0],
+        "torch": torch.__version__,
+        "threads": torch.get_num_threads(),
+        "backends": found,
+        "native_instruction_set": native,
+    }
+
+
+_configure()

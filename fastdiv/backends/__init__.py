@@ -1,0 +1,113 @@
+"""Which backend sums and differentiates rows: `native` (C++) or `reference` (plain torch, every dtype and device).
+
+A backend is a module-like object with three operations on a `Tile`; it knows nothing of callers:
+
+    accumulate(tile, wanted, state, label_logits)                   adds the tile's columns to the rows' state
+    compare(tile, terms, state, label_logits, compared, rank)       sums that need the finished normalisers
+    gradient(tile, terms, state, c, label_gains, student, teacher)  writes row gradients (see fastdiv.statistics)
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from functools import cache
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from fastdiv.tiles import Rows, Terms, Tile
+
+_LOG = logging.getLogger("fastdiv")
+
+
+class Backend(Protocol):
+    """The three row operations; arguments as described in the module's docstring."""
+
+    name: str
+
+    def accumulate(self, tile: Tile, wanted: int, state: Tensor, label_logits: Tensor) -> None: ...
+
+    def compare(
+        self,
+        tile: Tile,
+        terms: Terms,
+        state: Tensor,
+        label_logits: Tensor,
+        compared: Tensor,
+        rank: Tensor | None,
+    ) -> None: ...
+
+    def gradient(
+        self,
+        tile: Tile,
+        terms: Terms,
+        state: Tensor,
+        c: Tensor,
+        label_gains: Tensor,
+        student: Rows | None,
+        teacher: Rows | None,
+    ) -> None: ...
+
+    def refuses(self, dtype: torch.dtype, device: torch.device) -> str | None:
+        """Why inputs of this dtype and device cannot be taken, or None."""
+        ...
+
+
+NAMES = ("native", "reference")
+"""Every backend, the preferred one first."""
+
+
+@cache
+def _load(name: str) -> Backend | str:
+    """The backend, or why it is absent."""
+    if name == "reference":
+        from fastdiv.backends.reference import Reference
+
+        return Reference()
+    try:
+        from fastdiv.backends.native import Native
+    except ImportError as error:
+        return f"fastdiv._C is not built or does not load ({error}); reinstall with FASTDIV_BUILD=cpu and a C++ compiler"
+    return Native()
+
+
+def get(name: str) -> Backend:
+    """The backend called `name`.  Raises ValueError for an unknown name, RuntimeError for an absent backend."""
+    if name not in NAMES:
+        raise ValueError(f"backend: expected one of {', '.join(NAMES)}, got {name!r}")
+    backend = _load(name)
+    if isinstance(backend, str):
+        raise RuntimeError(f"backend {name!r} is absent: {backend}")
+    return backend
+
+
+def available() -> dict[str, str | None]:
+    """Backend name -> None where it is present, else why it is absent."""
+    return {name: reason if isinstance(reason := _load(name), str) else None for name in NAMES}
+
+
+def _refusal(backend: Backend, dtypes: list[torch.dtype], device: torch.device) -> str | None:
+    return next((reason for dtype in dtypes if (reason := backend.refuses(dtype, device))), None)
+
+
+def select(dtypes: list[torch.dtype], device: torch.device, name: str | None) -> str:
+    """The name of the backend for inputs of these dtypes and device.
+
+    An explicit `name` or FASTDIV_BACKEND is obeyed or refused with an error; else the first of `NAMES` that is present and
+    takes the inputs.  FASTDIV_LOG=1 says why the others were passed over.
+    """
+    asked = name or os.environ.get("FASTDIV_BACKEND")
+    if asked:
+        reason = _refusal(get(asked), dtypes, device)
+        if reason:
+            raise ValueError(f"backend {asked!r} was asked for but {reason}")
+        return asked
+    for candidate in NAMES:
+        backend = _load(candidate)
+        reason = backend if isinstance(backend, str) else _refusal(backend, dtypes, device)
+        if reason is None:
+            return candidate
+        _LOG.info("backend %s passed over: %s", candidate, reason)
+    raise RuntimeError(f"no backend takes {dtypes} on {device}")

@@ -1,0 +1,236 @@
+"""Plain torch, any floating dtype, any device: the same three operations written to be read."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from fastdiv.pointwise import forward_kl_value, reverse_kl_value
+from fastdiv.sources import transform
+from fastdiv.statistics import COEFFICIENTS, STATE, WANTED
+from fastdiv.tiles import Rows, Terms, Tile
+
+_ELEMENTS = 1 << 21  # of one [rows, columns] temporary; about a dozen are alive at once
+
+
+def _read(rows: Rows, part: slice, work: torch.dtype) -> Tensor:
+    """Transformed logits [rows, columns] of a part of the rows."""
+    raw = rows.tensor[Rows(rows.tensor, rows.index[part], rows.transform).unravelled()]
+    return transform(raw.to(work), rows.transform.scale, rows.transform.softcap)
+
+
+def _write(rows: Rows, part: slice, gradient: Tensor, logits: Tensor, inverse_temperature: Tensor) -> None:
+    """Stores a gradient with respect to z, taken back through temperature and transform; 0 at -inf logits."""
+    slope = inverse_temperature[:, None] * rows.transform.scale
+    if rows.transform.softcap:
+        slope = slope * (1.0 - (logits / rows.transform.softcap) ** 2)
+    value = torch.where(logits == -torch.inf, 0.0, gradient * slope)
+    rows.tensor[Rows(rows.tensor, rows.index[part], rows.transform).unravelled()] = value.to(rows.tensor.dtype)
+
+
+def _parts(tile: Tile) -> Iterator[slice]:
+    step = max(1, _ELEMENTS // tile.columns)
+    rows = tile.inverse_temperature.numel()
+    return (slice(start, min(start + step, rows)) for start in range(0, rows, step))
+
+
+def _shifted(x: Tensor, maximum: Tensor) -> Tensor:
+    return x - torch.where(maximum == -torch.inf, 0.0, maximum).to(x.dtype)[:, None]
+
+
+def _sum(x: Tensor) -> Tensor:
+    return x.sum(1, dtype=torch.float64)
+
+
+def _times(p: Tensor, z: Tensor) -> Tensor:
+    """p z with 0 (-inf) = 0."""
+    return torch.where(p == 0.0, 0.0, p * z)
+
+
+class _Growing:
+    """A row's normaliser while columns arrive: (max, tail) of the state, and the factor that old sums fade by."""
+
+    def __init__(self, x: Tensor, maximum: Tensor, tail: Tensor, inverse_temperature: Tensor) -> None:
+        new = torch.maximum(maximum, torch.where(x.isnan(), -torch.inf, x).amax(1).double())
+        self.old_total = torch.where(maximum == -torch.inf, tail, 1.0 + tail)
+        self.shift = torch.where(maximum == -torch.inf, 0.0, (new - maximum) * inverse_temperature)
+        self.shift = torch.where(new == maximum, 0.0, self.shift)
+        self.raised = new > maximum
+        self.maximum = new
+        self.z = _shifted(x, new) * inverse_temperature.to(x.dtype)[:, None]
+        self.p = torch.exp(self.z)
+        self.top = x == new.to(x.dtype)[:, None]
+        old_tail = torch.where(self.raised, self.old_total * torch.exp(-self.shift), tail)
+        old_tail = torch.where(new == torch.inf, torch.nan, old_tail)
+        self.tail = old_tail + self.beside_maximum(self.p)
+
+    def beside_maximum(self, p: Tensor) -> Tensor:
+        """The sum over this tile, leaving out the one maximum that the state counts apart."""
+        return _sum(torch.where(self.top, 0.0, p)) + (_sum(self.top) - self.raised.double())
+
+
+def _fade(x: Tensor, factor: Tensor) -> Tensor:
+    return torch.where(factor == 0.0, 0.0, x * factor)
+
+
+def _shift_kl(kl: Tensor, a: Tensor, b: Tensor, sum_p: Tensor, sum_q: Tensor) -> Tensor:
+    """sum q phi(d) after the log-offsets of p and q moved by a and b."""
+    s, fade_b = b - a, torch.exp(-b)
+    growth = torch.where(s.abs() < 1.0, fade_b * torch.expm1(s), torch.exp(-a) - fade_b)
+    moved = _fade(kl, fade_b) + growth * sum_p - _fade(s * sum_q, fade_b)
+    return torch.where((a == 0.0) & (b == 0.0), kl, moved)
+
+
+class _Compared:
+    """p, q and d = log p - log q against finished normalisers."""
+
+    def __init__(self, x: Tensor, y: Tensor, state: dict[str, Tensor], it: Tensor) -> None:
+        norm_x, norm_y = torch.log1p(state["tail"]), torch.log1p(state["teacher_tail"])
+        self.p = torch.exp(_log_probs(x, state["max"], norm_x, it))
+        self.q = torch.exp(_log_probs(y, state["teacher_max"], norm_y, it))
+        shift = (state["max"] - state["teacher_max"]).to(x.dtype)[:, None]
+        d = ((x - y) - shift) * it.to(x.dtype)[:, None] - (norm_x - norm_y).to(x.dtype)[:, None]
+        self.d = torch.where((self.p == 0.0) & (self.q == 0.0), 0.0, d)
+
+
+def _log_probs(x: Tensor, maximum: Tensor, log_norm: Tensor, it: Tensor) -> Tensor:
+    norm = torch.where(maximum == -torch.inf, torch.nan, log_norm).to(x.dtype)
+    return _shifted(x, maximum) * it.to(x.dtype)[:, None] - norm[:, None]
+
+
+def _add_labels(
+    tile: Tile,
+    part: slice,
+    x: Tensor,
+    dx: Tensor,
+    p: Tensor,
+    state: dict[str, Tensor],
+    log_norm: Tensor,
+    gains: Tensor,
+) -> Tensor:
+    """dx + sum_k gain_k ([v = label_k] - p), with 1 - p = -expm1(log p) at the labels themselves, which keeps its digits."""
+    labels = tile.labels[part]
+    total = gains.sum(1, keepdim=True)
+    same = (gains[:, None, :] * (labels[:, None, :] == labels[:, :, None])).sum(2)
+    at = labels - tile.first_column
+    here = (at >= 0) & (at < tile.columns)
+    inside = at.clamp(0, tile.columns - 1)
+    it = tile.inverse_temperature[part].double()[:, None]
+    lp = (x.gather(1, inside).double() - state["max"][:, None]) * it - log_norm[:, None]
+    exact = dx.gather(1, inside) - (same * torch.expm1(lp) + (total - same) * torch.exp(lp)).to(dx.dtype)
+    # Labels outside the tile write into a column of their own, which is dropped.
+    spare = torch.cat([dx - total * p, dx[:, :1]], 1)
+    return spare.scatter(1, torch.where(here, at, tile.columns), exact)[:, :-1]
+
+
+class Reference:
+    """Row operations in plain torch, in float64 for float64 inputs and in float32 for everything else."""
+
+    name = "reference"
+
+    def refuses(self, dtype: torch.dtype, device: torch.device) -> str | None:
+        """Why inputs of this dtype and device cannot be taken, or None."""
+        return None if dtype.is_floating_point else f"it takes floating dtypes, got {dtype}"
+
+    def accumulate(self, tile: Tile, wanted: int, state: Tensor, label_logits: Tensor) -> None:
+        for part in _parts(tile):
+            s = dict(zip(STATE, state[part].unbind(1), strict=True))
+            it = tile.inverse_temperature[part].double()
+            x = _read(tile.student, part, tile.inverse_temperature.dtype)
+            grown = _Growing(x, s["max"], s["tail"], it)
+            a, fade, total = grown.shift, torch.exp(-grown.shift), grown.old_total
+            if wanted & WANTED["argmax"]:
+                local = torch.where(x.isnan(), -torch.inf, x).argmax(1) + tile.first_column
+                s["argmax"] = torch.where(grown.raised, local.double(), s["argmax"])
+            s["second"] = fade * (s["second"] - 2.0 * a * s["first"] + a * a * total)
+            s["first"] = fade * (s["first"] - a * total) + _sum(_times(grown.p, grown.z))
+            if wanted & WANTED["second"]:
+                s["second"] = s["second"] + _sum(_times(_times(grown.p, grown.z), grown.z))
+            if wanted & WANTED["squares"]:
+                old = torch.where(total == 0.0, 0.0, fade * fade * (1.0 + s["squares"]))
+                s["squares"] = torch.where(grown.raised, old, s["squares"]) + grown.beside_maximum(grown.p**2)
+            if wanted & WANTED["sum"]:
+                s["sum"] = s["sum"] + _sum(x)
+            s["max"], s["tail"] = grown.maximum, grown.tail
+            if tile.teacher:
+                y = _read(tile.teacher, part, tile.inverse_temperature.dtype)
+                taught = _Growing(y, s["teacher_max"], s["teacher_tail"], it)
+                s["teacher_max"], s["teacher_tail"] = taught.maximum, taught.tail
+                if wanted & (WANTED["forward"] | WANTED["reverse"]):
+                    b, p, q = taught.shift, grown.p, taught.p
+                    shift = _shifted(-_shifted(torch.zeros_like(x[:, :1]), taught.maximum), grown.maximum)
+                    d = ((x - y) + shift) * it.to(x.dtype)[:, None]
+                    d = torch.where((p == 0.0) & (q == 0.0), 0.0, d)
+                    none = torch.zeros((), dtype=x.dtype, device=x.device)
+                    forward = _shift_kl(s["forward"], a, b, total, taught.old_total)
+                    reverse = _shift_kl(s["reverse"], b, a, taught.old_total, total)
+                    s["forward"] = forward + _sum(forward_kl_value(d, p, q, none))
+                    s["reverse"] = reverse + _sum(reverse_kl_value(d, p, q, none))
+            state[part] = torch.stack([s[name] for name in STATE], 1)
+            self._labels(tile, part, x, label_logits)
+
+    def _labels(self, tile: Tile, part: slice, x: Tensor, label_logits: Tensor) -> None:
+        at = tile.labels[part] - tile.first_column
+        here = (at >= 0) & (at < tile.columns)
+        found = x.gather(1, at.clamp(0, tile.columns - 1))
+        label_logits[part] = torch.where(here, found, label_logits[part])
+
+    def compare(
+        self,
+        tile: Tile,
+        terms: Terms,
+        state: Tensor,
+        label_logits: Tensor,
+        compared: Tensor,
+        rank: Tensor | None,
+    ) -> None:
+        for part in _parts(tile):
+            x = _read(tile.student, part, tile.inverse_temperature.dtype)
+            if rank is not None:
+                for k in range(rank.shape[1]):
+                    rank[part, k] += (x > label_logits[part, k, None]).sum(1)
+            if not terms or tile.teacher is None:
+                continue
+            s = dict(zip(STATE, state[part].unbind(1), strict=True))
+            c = _Compared(x, _read(tile.teacher, part, tile.inverse_temperature.dtype), s, tile.inverse_temperature[part].double())
+            for i, (divergence, parameter) in enumerate(terms):
+                a = torch.full((), parameter, dtype=x.dtype, device=x.device)
+                for j, function in enumerate((divergence.value, divergence.dlp, divergence.dlq)):
+                    compared[part, i, j] += _sum(function(c.d, c.p, c.q, a))
+
+    def gradient(
+        self,
+        tile: Tile,
+        terms: Terms,
+        state: Tensor,
+        c: Tensor,
+        label_gains: Tensor,
+        student: Rows | None,
+        teacher: Rows | None,
+    ) -> None:
+        for part in _parts(tile):
+            s = dict(zip(STATE, state[part].unbind(1), strict=True))
+            it, x = tile.inverse_temperature[part], _read(tile.student, part, tile.inverse_temperature.dtype)
+            log_norm = torch.log1p(s["tail"])
+            lp = _log_probs(x, s["max"], log_norm, it.double())
+            p = torch.exp(lp)
+            c0, c1, c2, c3, c4, e0 = (v[:, None] for v in c[part, :COEFFICIENTS].unbind(1))
+            p_lp = _times(p, lp)
+            dx = p * (c0 + c3 * p) + c1 * p_lp + c2 * _times(p_lp, lp) + c4
+            if tile.teacher:
+                y = _read(tile.teacher, part, tile.inverse_temperature.dtype)
+                pair = _Compared(x, y, s, it.double())
+                dy = e0 * pair.q
+                for i, (divergence, parameter) in enumerate(terms):
+                    a = torch.full((), parameter, dtype=x.dtype, device=x.device)
+                    g = c[part, COEFFICIENTS + i, None]
+                    dx = dx + g * divergence.dlp(pair.d, pair.p, pair.q, a)
+                    dy = dy + g * divergence.dlq(pair.d, pair.p, pair.q, a)
+            dx = _add_labels(tile, part, x, dx, p, s, log_norm, label_gains[part])
+            # Both gradients are formed before either is stored: a target may be the logits' own memory.
+            if student is not None:
+                _write(student, part, dx, x, it)
+            if teacher is not None and tile.teacher:
+                _write(teacher, part, dy, y, it)

@@ -1,0 +1,62 @@
+"""From a public operator's arguments to a checked `Request` and the tensors that go with it."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+from fastdiv import backends, checks
+from fastdiv.request import Request, Transform
+from fastdiv.sources import Source
+
+
+class Call(NamedTuple):
+    """What the autograd functions take."""
+
+    request: Request
+    students: int
+    labels: Tensor | None
+    mask: Tensor | None
+    temperature: Tensor | None
+    tensors: tuple[Tensor, ...]
+
+
+def prepare(
+    operator: str,
+    student: Tensor | Source,
+    labels: Tensor | None,
+    teacher: Tensor | Source | None,
+    outputs: tuple[str, ...],
+    *,
+    parameters: dict[str, float | None],
+    temperature: float | Tensor,
+    mask: Tensor | None,
+    ignore_index: int,
+    backend: str | None,
+    workspace: int | None,
+) -> Call:
+    """Checks everything once; the result is passed down unchanged."""
+    own = checks.source(operator, "student" if teacher is not None else "logits", student)
+    other = None if teacher is None else checks.teacher(operator, own, teacher)
+    names = checks.outputs(operator, outputs, labels is not None, other is not None)
+    number, per_token = checks.temperature(operator, own, temperature)
+    sides = [own] if other is None else [own, other]
+    request = Request.of(
+        names,
+        Transform(float(own.scale), float(own.softcap or 0.0)),
+        Transform(float(other.scale), float(other.softcap or 0.0)) if other else Transform(),
+        number,
+        checks.parameters(operator, names, parameters),
+        checks.ignore_index(operator, ignore_index),
+        backends.select([tensor.dtype for side in sides for tensor in side.tensors], own.device, backend),
+        checks.workspace(operator, own.device, workspace),
+    )
+    return Call(
+        request,
+        len(own.tensors),
+        None if labels is None else checks.labels(operator, own, labels),
+        checks.mask(operator, own, mask),
+        per_token,
+        own.tensors + (other.tensors if other else ()),
+    )

@@ -1,0 +1,72 @@
+"""What one call wants, said once: built and checked at the public operator, passed down unchanged."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from fastdiv.divergences import DIVERGENCES, Divergence
+
+
+@dataclass(frozen=True)
+class Transform:
+    """One model's logits transform; softcap 0 means none."""
+
+    scale: float = 1.0
+    softcap: float = 0.0
+
+
+@dataclass(frozen=True)
+class Request:
+    """Everything about a call but its tensors.
+
+    `scalars` are the numbers that may change from call to call: student scale and softcap, teacher scale and softcap,
+    temperature, and one parameter per output (0 where it has none).
+    """
+
+    outputs: tuple[str, ...]
+    scalars: tuple[float, ...]
+    ignore_index: int
+    backend: str
+    workspace: int
+
+    @staticmethod
+    def of(
+        outputs: tuple[str, ...],
+        student: Transform,
+        teacher: Transform,
+        temperature: float,
+        parameters: tuple[float, ...],
+        ignore_index: int,
+        backend: str,
+        workspace: int,
+    ) -> Request:
+        scalars = (student.scale, student.softcap, teacher.scale, teacher.softcap, temperature, *parameters)
+        return Request(outputs, scalars, ignore_index, backend, workspace)
+
+    @property
+    def student(self) -> Transform:
+        return Transform(*self.scalars[0:2])
+
+    @property
+    def teacher(self) -> Transform:
+        return Transform(*self.scalars[2:4])
+
+    @property
+    def temperature(self) -> float:
+        return self.scalars[4]
+
+    @property
+    def divergences(self) -> tuple[tuple[Divergence, float], ...]:
+        """The divergences among the outputs, with their parameters."""
+        pairs = zip(self.outputs, self.scalars[5:], strict=True)
+        return tuple((DIVERGENCES[name], parameter) for name, parameter in pairs if name in DIVERGENCES)
+
+    @property
+    def compared(self) -> tuple[tuple[Divergence, float], ...]:
+        """Those that need both normalisers before their terms can be summed."""
+        return tuple(pair for pair in self.divergences if pair[0].one_pass is None)
+
+    @property
+    def second_look(self) -> bool:
+        """Whether the logits must be seen again once the normalisers are known."""
+        return bool(self.compared) or "rank" in self.outputs

@@ -1,0 +1,218 @@
+"""Selection of tokens: exactly k of them, the same ones however the batch is split, ordered or sharded.
+
+Both selectors find the k smallest integer keys by radix selection: a histogram of 16-bit digits per pass,
+summed over the ranks of the process group. That is integer arithmetic on counts, so the answer is exact and
+identical on all ranks; it needs neither a sort nor a gather of the tokens, and it never waits for the
+device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from .ops.covariance import all_reduce_sum, check_bool, check_tokens
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+_DIGIT = 16
+_UINT64 = (1 << 64) - 1
+
+
+@torch.no_grad()
+def top_k(
+    scores: Tensor,
+    mask: Tensor | None = None,
+    *,
+    k: int | Tensor | None = None,
+    ratio: float | None = None,
+    largest: bool = True,
+    index: Tensor | None = None,
+    process_group: ProcessGroup | None = None,
+) -> Tensor:
+    """The k valid tokens with the largest (or smallest) score; equal scores are taken in order of their
+    global index.
+
+    -0.0 equals 0.0; NaN at a valid token counts as larger than everything.
+
+    Arguments:
+        scores: [*], any floating dtype.
+        mask: [*], bool, the tokens to choose from; None: all.
+        k: how many over the whole scope (int, or 0-dim integer tensor); more than there are takes all.
+        ratio: in (0, 1], in place of k: see `k_from_ratio`, with the number of valid tokens. Exactly one of
+            the two.
+        largest: False takes the smallest scores.
+        index: [*], int64, non-negative, the token's number in the whole scope, each number once; None: its
+            position in this call, with a process group in the concatenation of the ranks' tokens. Give it
+            to make ties independent of how the batch is cut.
+        process_group: the scope is the union of the tokens of all its ranks (a few all-reduces of 65536
+            counts); None: the tokens of this call.
+
+    Returns:
+        bool [*], True for the selected tokens of this call.
+
+    Raises:
+        TypeError, ValueError: wrong dtype or shape, not exactly one of k and ratio, k or ratio out of range.
+    """
+    valid = check_tokens("top_k", mask, {"scores": scores}, precise=False)
+    index = _global_index("top_k", scores, index, process_group)
+    count = all_reduce_sum(valid.sum(), process_group)
+    need = _resolve_k("top_k", count, k, ratio)
+    key, bits = _ordered_bits(scores)
+    return _k_smallest([(~key if largest else key, bits), (index, 64)], valid, need, process_group)
+
+
+@torch.no_grad()
+def random_subset(
+    eligible: Tensor,
+    *,
+    k: int | Tensor | None = None,
+    ratio: float | None = None,
+    seed: int,
+    step: int,
+    index: Tensor | None = None,
+    process_group: ProcessGroup | None = None,
+) -> Tensor:
+    """A uniformly random subset of k eligible tokens, decided by (seed, step, global token index) alone.
+
+    Every token draws the 64-bit number hash(seed, step, index), and the k smallest win. For fixed seed and
+    step the hash is a bijection of the index, so there are no ties. No random generator is read or
+    advanced.
+
+    Arguments:
+        eligible: [*], bool.
+        k, ratio: as in `top_k`; a ratio refers to the number of eligible tokens of the scope.
+        seed, step: integers; change `step` with every optimiser step, otherwise the same tokens win again.
+        index: [*], int64, as in `top_k`; give it to make the choice independent of how the batch is cut.
+        process_group: as in `top_k`.
+
+    Returns:
+        bool [*], True for the chosen tokens of this call.
+
+    Raises:
+        TypeError, ValueError: as `top_k`; seed or step no integer.
+    """
+    check_bool("random_subset", "eligible", eligible)
+    for name, number in (("seed", seed), ("step", step)):
+        if not isinstance(number, int) or isinstance(number, bool):
+            raise TypeError(f"random_subset: {name} must be an int, got {type(number).__name__}")
+    index = _global_index("random_subset", eligible, index, process_group)
+    count = all_reduce_sum(eligible.sum(), process_group)
+    need = _resolve_k("random_subset", count, k, ratio)
+    return _k_smallest([(_hash(index, seed, step), 64)], eligible, need, process_group)
+
+
+def k_from_ratio(ratio: float, count: Tensor) -> Tensor:
+    """How many tokens a ratio means: max(1, int(ratio * count)), and 0 when there are none.
+
+    The floor of one token is the rule of the entropy-mechanism paper's code (arXiv 2505.22617): on a small
+    scope the effective ratio exceeds the nominal one. `count` is a 0-dim integer tensor; so is the result,
+    on the same device.
+    """
+    if not 0.0 < ratio <= 1.0:
+        raise ValueError(f"k_from_ratio: ratio must be in (0, 1], got {ratio}")
+    return (count.double() * ratio).to(torch.int64).clamp(min=1).minimum(count)
+
+
+def _resolve_k(operator: str, count: Tensor, k: int | Tensor | None, ratio: float | None) -> Tensor:
+    if (k is None) == (ratio is None):
+        raise ValueError(f"{operator}: give exactly one of k and ratio, got k={k}, ratio={ratio}")
+    if ratio is not None:
+        return k_from_ratio(ratio, count)
+    if isinstance(k, Tensor):
+        if k.dim() != 0 or k.is_floating_point() or k.is_complex() or k.dtype == torch.bool:
+            raise TypeError(f"{operator}: a tensor k must be a 0-dim integer, got {k.dtype} {list(k.shape)}")
+        return k.to(torch.int64).clamp(min=0).minimum(count)
+    if not isinstance(k, int) or isinstance(k, bool):
+        raise TypeError(f"{operator}: k must be an int, got {type(k).__name__}")
+    if k < 0:
+        raise ValueError(f"{operator}: k must not be negative, got {k}")
+    return count.clamp(max=k)
+
+
+def _global_index(
+    operator: str, like: Tensor, index: Tensor | None, process_group: ProcessGroup | None
+) -> Tensor:
+    if index is not None:
+        if not isinstance(index, Tensor) or index.dtype != torch.int64:
+            got = index.dtype if isinstance(index, Tensor) else type(index).__name__
+            raise TypeError(f"{operator}: index must be an int64 Tensor, got {got}")
+        if index.shape != like.shape or index.device != like.device:
+            raise ValueError(
+                f"{operator}: index must be {list(like.shape)} on {like.device}, "
+                f"got {list(index.shape)} on {index.device}"
+            )
+        return index
+    index = torch.arange(like.numel(), device=like.device).view(like.shape)
+    if process_group is None:
+        return index
+    sizes = index.new_zeros(process_group.size())
+    sizes[process_group.rank()] = like.numel()
+    return index + all_reduce_sum(sizes, process_group)[: process_group.rank()].sum()
+
+
+def _ordered_bits(scores: Tensor) -> tuple[Tensor, int]:
+    """Integer keys in the order of the scores, read as unsigned numbers, and their width."""
+    scores = scores if scores.dtype == torch.float64 else scores.float()
+    scores = torch.where(scores.isnan(), torch.nan, scores) + 0.0  # one NaN; -0.0 becomes 0.0
+    width = 64 if scores.dtype == torch.float64 else 32
+    bits = scores.view(torch.int64 if width == 64 else torch.int32)
+    # negative floats order backwards: flip all their bits; of the others only the sign bit
+    return (bits ^ (bits >> (width - 1) | torch.iinfo(bits.dtype).min)).to(torch.int64), width
+
+
+def _k_smallest(
+    keys: Sequence[tuple[Tensor, int]], alive: Tensor, need: Tensor, process_group: ProcessGroup | None
+) -> Tensor:
+    """The `need` lexicographically smallest tuples of keys among the alive tokens, most significant digit
+    first."""
+    chosen = torch.zeros_like(alive)
+    for key, bits in keys:
+        for shift in range(bits - _DIGIT, -1, -_DIGIT):
+            digit = key >> shift & ((1 << _DIGIT) - 1)  # the mask undoes the sign extension of the shift
+            histogram = key.new_zeros(1 << _DIGIT).scatter_add_(0, digit.flatten(), alive.flatten().long())
+            histogram = all_reduce_sum(histogram, process_group)
+            up_to = histogram.cumsum(0)
+            pivot = (up_to < need).sum()
+            chosen |= alive & (digit < pivot)
+            alive = alive & (digit == pivot)
+            # gather, because indexing with a 0-dim tensor would wait for its value
+            need = need - (up_to - histogram).gather(0, pivot.view(1)).squeeze(0)
+    return chosen | (alive & (need > 0))
+
+
+def _hash(index: Tensor, seed: int, step: int) -> Tensor:
+    """64 bits from (seed, step, index): two rounds of the splitmix64 finaliser around a key for (seed,
+    step)."""
+    key = _mix_int(_mix_int(seed & _UINT64) + step & _UINT64)
+    return _mix(_mix(index) ^ _signed(key))
+
+
+_MULTIPLIERS = ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB))
+_INCREMENT = 0x9E3779B97F4A7C15
+
+
+def _mix(x: Tensor) -> Tensor:
+    x = x + _signed(_INCREMENT)
+    for shift, multiplier in _MULTIPLIERS:
+        x = (x ^ _logical_shift(x, shift)) * _signed(multiplier)
+    return x ^ _logical_shift(x, 31)
+
+
+def _mix_int(x: int) -> int:
+    x = x + _INCREMENT & _UINT64
+    for shift, multiplier in _MULTIPLIERS:
+        x = (x ^ x >> shift) * multiplier & _UINT64
+    return x ^ x >> 31
+
+
+def _logical_shift(x: Tensor, shift: int) -> Tensor:
+    return x >> shift & ((1 << (64 - shift)) - 1)
+
+
+def _signed(x: int) -> int:
+    return x - (1 << 64) if x >> 63 else x

@@ -1,0 +1,165 @@
+"""Tiles of logits: some rows x some columns of the vocabulary, seen as they are or projected into a workspace.
+
+Both sides of a comparison answer the same questions, so that `engine` walks tiles without knowing where logits come from:
+`tile` gives logits, `target` says where their gradient goes, `absorb` takes the gradient on to the inputs.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastdiv.divergences import Divergence
+from fastdiv.request import Transform
+
+Terms = list[tuple[Divergence, float]]
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Some rows of a tensor [*, columns]; `index` holds flat row numbers."""
+
+    tensor: Tensor  # [*, columns]
+    index: Tensor  # [rows] int64
+    transform: Transform
+
+    def offsets(self) -> Tensor:
+        """[rows] int64: the first element of each row, in elements from the tensor's first: no layout needs a copy."""
+        rest, offsets = self.index, torch.zeros_like(self.index)
+        for size, stride in zip(reversed(self.tensor.shape[:-1]), reversed(self.tensor.stride()[:-1]), strict=True):
+            offsets = offsets + rest % size * stride
+            rest = rest // size
+        return offsets
+
+    def unravelled(self) -> tuple[Tensor, ...]:
+        """The row numbers as one index per leading dimension."""
+        return tuple(torch.unravel_index(self.index, self.tensor.shape[:-1]))
+
+
+class Tile(NamedTuple):
+    """What a backend sees of a call at a time: n rows, columns [first_column, first_column + columns)."""
+
+    student: Rows
+    teacher: Rows | None
+    first_column: int
+    columns: int
+    inverse_temperature: Tensor  # [n]
+    labels: Tensor  # [n, K] int64, in whole-vocabulary numbers
+
+
+class Given:
+    """Logits [*, V] that exist."""
+
+    def __init__(self, tensors: list[Tensor], transform: Transform, index: Tensor, needs: list[bool]) -> None:
+        (self._tensor,) = tensors
+        if self._tensor.stride(-1) != 1 and self._tensor.shape[-1] > 1:
+            self._tensor = self._tensor.contiguous()
+        self._transform, self._index = transform, index
+        self._gradient: Tensor | None = None
+        if needs[0]:
+            whole = math.prod(self._tensor.shape[:-1]) == index.numel()
+            make = torch.empty if whole else torch.zeros
+            self._gradient = make(self._tensor.shape, dtype=self._tensor.dtype, device=self._tensor.device)
+
+    def tile(self, rows: slice, columns: slice) -> Rows:
+        return Rows(self._tensor[..., columns], self._index[rows], self._transform)
+
+    def target(self, rows: slice, columns: slice) -> Rows | None:
+        if self._gradient is None:
+            return None
+        return Rows(self._gradient[..., columns], self._index[rows], self._transform)
+
+    def absorb(self, rows: slice, columns: slice) -> None:
+        """The gradient was written in place."""
+
+    def gradients(self) -> list[Tensor | None]:
+        return [self._gradient]
+
+
+class Projected:
+    """Logits hidden @ weight.T + bias, one tile at a time in the work dtype; the gradient overwrites the tile.
+
+    Only the rows in `index` take part.  Weight gradients are formed in the work dtype: straight into the result when each
+    slice of the vocabulary is visited once (`one_visit`), else added up and rounded at the end.
+    """
+
+    def __init__(
+        self,
+        tensors: list[Tensor],
+        transform: Transform,
+        index: Tensor,
+        needs: list[bool],
+        work: torch.dtype,
+        tile_size: int,
+        one_visit: bool,
+    ) -> None:
+        hidden, self._weight = tensors[:2]
+        self._bias = tensors[2] if len(tensors) == 3 else None
+        self._shape, self._dtype, self._index, self._transform = hidden.shape, hidden.dtype, index, transform
+        flat = hidden.reshape(-1, hidden.shape[-1])
+        self._hidden = (flat if flat.shape[0] == index.numel() else flat[index]).to(work)
+        self._work = work
+        self._buffer = torch.empty(tile_size, dtype=work, device=hidden.device)
+        self._visited: set[int] = set()
+        self._d_hidden = torch.zeros_like(self._hidden) if needs[0] else None
+        accumulator = self._weight.dtype if one_visit else work
+        self._d_weight = torch.empty_like(self._weight, dtype=accumulator) if needs[1] else None
+        self._d_bias = torch.zeros_like(self._bias, dtype=work) if self._bias is not None and needs[2] else None
+        self._needs = needs
+
+    def _view(self, rows: slice, columns: slice) -> Tensor:
+        shape = (rows.stop - rows.start, columns.stop - columns.start)
+        return self._buffer[: shape[0] * shape[1]].view(shape)
+
+    def _rows(self, tile: Tensor) -> Rows:
+        return Rows(tile, torch.arange(tile.shape[0], device=tile.device), self._transform)
+
+    def tile(self, rows: slice, columns: slice) -> Rows:
+        out, weight = self._view(rows, columns), self._weight[columns].to(self._work)
+        if self._bias is None:
+            torch.mm(self._hidden[rows], weight.T, out=out)
+        else:
+            torch.addmm(self._bias[columns].to(self._work), self._hidden[rows], weight.T, out=out)
+        return self._rows(out)
+
+    def target(self, rows: slice, columns: slice) -> Rows | None:
+        return self._rows(self._view(rows, columns)) if any(self._needs) else None
+
+    def absorb(self, rows: slice, columns: slice) -> None:
+        if not any(self._needs):
+            return
+        gradient = self._view(rows, columns)
+        if self._d_hidden is not None:
+            self._d_hidden[rows].addmm_(gradient, self._weight[columns].to(self._work))
+        if self._d_weight is not None:
+            target, hidden = self._d_weight[columns], self._hidden[rows]
+            if columns.start in self._visited:
+                target.addmm_(gradient.T, hidden)
+            elif target.dtype == self._work:
+                torch.mm(gradient.T, hidden, out=target)
+            else:
+                target.copy_(torch.mm(gradient.T, hidden))
+            self._visited.add(columns.start)
+        if self._d_bias is not None:
+            self._d_bias[columns] += gradient.sum(0)
+
+    def gradients(self) -> list[Tensor | None]:
+        d_hidden = self._d_hidden
+        if d_hidden is not None:
+            d_hidden = d_hidden.to(self._dtype)
+            if self._index.numel() != math.prod(self._shape[:-1]):
+                full = d_hidden.new_zeros(math.prod(self._shape[:-1]), self._shape[-1])
+                d_hidden = full.index_copy_(0, self._index, d_hidden)
+            d_hidden = d_hidden.view(self._shape)
+        d_weight = None if self._d_weight is None else self._d_weight.to(self._weight.dtype)
+        if d_weight is not None and not self._visited:
+            d_weight.zero_()
+        d_bias = None if self._d_bias is None or self._bias is None else self._d_bias.to(self._bias.dtype)
+        return [d_hidden, d_weight] if self._bias is None else [d_hidden, d_weight, d_bias]
+
+
+Side = Given | Projected
