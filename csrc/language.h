@@ -49,8 +49,7 @@ FD_INLINE float log(float x) {
 
 // exp(d) - 1 - d for |d| <= 0.5.
 FD_INLINE float phi(float d) {
-  float p = 1.0f / 3628800.0f;
-  p = p * d + 1.0f / 362880.0f;
+  float p = 1.0f / 362880.0f;
   p = p * d + 1.0f / 40320.0f;
   p = p * d + 1.0f / 5040.0f;
   p = p * d + 1.0f / 720.0f;

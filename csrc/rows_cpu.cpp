@@ -106,31 +106,59 @@ struct Frame {
 // p, q and d = log p - log q of one chunk.  d is formed from the difference of the logits.
 FD_INLINE void compare(const float* x, const float* y, int64_t n, const RowState& s, float it, float* p,
                        float* q, float* d) {
-  const Frame fx(s.student), fy(s.teacher);
+  const Frame student(s.student), teacher(s.teacher);
+  const float x_max = student.max, x_norm = student.log_norm, y_max = teacher.max, y_norm = teacher.log_norm;
   const float shift = static_cast<float>(s.student.max - s.teacher.max);
   const float norm = static_cast<float>(log_sum(s.student) - log_sum(s.teacher));
 #pragma omp simd
   for (int64_t i = 0; i < n; ++i) {
-    p[i] = exp((x[i] - fx.max) * it - fx.log_norm);
-    q[i] = exp((y[i] - fy.max) * it - fy.log_norm);
+    const float pi = exp((x[i] - x_max) * it - x_norm), qi = exp((y[i] - y_max) * it - y_norm);
     const float difference = ((x[i] - y[i]) - shift) * it - norm;
-    d[i] = (p[i] == 0.0f) & (q[i] == 0.0f) ? 0.0f : difference;
+    p[i] = pi;
+    q[i] = qi;
+    d[i] = pi + qi == 0.0f ? 0.0f : difference;
   }
 }
 
+// Sum of a divergence's value on unnormalised exponentials: d is off by a constant that statistics.py takes
+// out.
 template <typename F>
-FD_INLINE double sum_of(F f, const float* d, const float* p, const float* q, int64_t n) {
-  float s = 0.0f;
-#pragma omp simd reduction(+ : s)
-  for (int64_t i = 0; i < n; ++i) s += f(d[i], p[i], q[i]);
-  return s;
+FD_INLINE double sum_of(F value, const float* x, const float* y, const float* p, const float* q, int64_t n,
+                        double offsets, float it) {
+  const float shift = static_cast<float>(offsets);
+  float sum = 0.0f;
+#pragma omp simd reduction(+ : sum)
+  for (int64_t i = 0; i < n; ++i) {
+    const float pi = p[i], qi = q[i], difference = ((x[i] - y[i]) - shift) * it;
+    sum += value(pi + qi == 0.0f ? 0.0f : difference, pi, qi);
+  }
+  return sum;
+}
+
+template <typename V, typename P, typename Q>
+FD_INLINE void add_sums_of(V value, P dlp, Q dlq, const float* d, const float* p, const float* q, int64_t n,
+                           double* sums) {
+  float sum = 0.0f, sum_p = 0.0f, sum_q = 0.0f;
+#pragma omp simd reduction(+ : sum, sum_p, sum_q)
+  for (int64_t i = 0; i < n; ++i) {
+    const float di = d[i], pi = p[i], qi = q[i];
+    sum += value(di, pi, qi);
+    sum_p += dlp(di, pi, qi);
+    sum_q += dlq(di, pi, qi);
+  }
+  sums[0] += sum;
+  sums[1] += sum_p;
+  sums[2] += sum_q;
 }
 
 template <typename F>
 FD_INLINE void add_to(F f, float gain, const float* d, const float* p, const float* q, int64_t n,
                       float* out) {
 #pragma omp simd
-  for (int64_t i = 0; i < n; ++i) out[i] += gain * f(d[i], p[i], q[i]);
+  for (int64_t i = 0; i < n; ++i) {
+    const float di = d[i], pi = p[i], qi = q[i];
+    out[i] += gain * f(di, pi, qi);
+  }
 }
 
 enum Number : int32_t {
@@ -139,17 +167,15 @@ enum Number : int32_t {
 #undef FD_NUMBER
 };
 
-#define FD_BIND(function, a) \
-  [a](float d, float p, float q) __attribute__((always_inline)) { return function(d, p, q, a); }
+#define FD_BIND(function, parameter) \
+  [a = parameter](float d, float p, float q) __attribute__((always_inline)) { return function(d, p, q, a); }
 
 FD_INLINE void add_sums(int32_t number, float a, const float* d, const float* p, const float* q, int64_t n,
-                        double* s) {
+                        double* sums) {
   switch (number) {
-#define FD_CASE(name)                                     \
-  case k_##name:                                          \
-    s[0] += sum_of(FD_BIND(name##_value, a), d, p, q, n); \
-    s[1] += sum_of(FD_BIND(name##_dlp, a), d, p, q, n);   \
-    s[2] += sum_of(FD_BIND(name##_dlq, a), d, p, q, n);   \
+#define FD_CASE(name)                                                                                        \
+  case k_##name:                                                                                             \
+    add_sums_of(FD_BIND(name##_value, a), FD_BIND(name##_dlp, a), FD_BIND(name##_dlq, a), d, p, q, n, sums); \
     break;
     FD_DIVERGENCES(FD_CASE)
 #undef FD_CASE
@@ -247,17 +273,11 @@ FD_CLONES void accumulate_row(const Accumulate& args, int64_t row) {
       exponentials(y, n, offset(s.teacher), it, y_raised, q, s.teacher.tail, unused);
     }
     if (args.wanted & (kForward | kReverse)) {
-      const float shift = static_cast<float>(static_cast<double>(offset(s.student)) - offset(s.teacher));
-      float forward = 0.0f, reverse = 0.0f;
-#pragma omp simd reduction(+ : forward, reverse)
-      for (int64_t i = 0; i < n; ++i) {
-        const float difference = ((x[i] - y[i]) - shift) * it;
-        const float d = (p[i] == 0.0f) & (q[i] == 0.0f) ? 0.0f : difference;
-        forward += forward_kl_value(d, p[i], q[i], 0.0f);
-        reverse += reverse_kl_value(d, p[i], q[i], 0.0f);
-      }
-      s.forward += forward;
-      s.reverse += reverse;
+      const double shift = static_cast<double>(offset(s.student)) - offset(s.teacher);
+      if (args.wanted & kForward)
+        s.forward += sum_of(FD_BIND(forward_kl_value, 0.0f), x, y, p, q, n, shift, it);
+      if (args.wanted & kReverse)
+        s.reverse += sum_of(FD_BIND(reverse_kl_value, 0.0f), x, y, p, q, n, shift, it);
     }
     for (int64_t k = 0; k < tile.labels_per_row; ++k) {
       const int64_t at = tile.labels[row * tile.labels_per_row + k] - tile.first_column - c;

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from fastdiv import objectives, select
+from fastdiv import objectives, select, testing
 from fastdiv.log import configure as _configure
 from fastdiv.ops.covariance import MaskedCovariance, masked_covariance
 from fastdiv.ops.divergence import divergence
@@ -26,6 +26,7 @@ __all__ = [
     "masked_covariance",
     "objectives",
     "select",
+    "testing",
     "token_stats",
 ]
 

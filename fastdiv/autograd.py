@@ -26,9 +26,7 @@ class TokenStatistics(torch.autograd.Function):
         *tensors: Tensor,
     ) -> tuple[Tensor, ...]:
         student, teacher = list(tensors[:students]), list(tensors[students:])
-        return tuple(
-            torch.ops.fastdiv.stats(student, teacher, labels, mask, temperature, *library.arguments(request))
-        )
+        return tuple(torch.ops.fastdiv.stats(student, teacher, labels, mask, temperature, *library.arguments(request)))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -83,9 +81,7 @@ class LinearLoss(torch.autograd.Function):
         temperature: Tensor | None,
         *tensors: Tensor,
     ) -> Tensor:
-        problem = engine.Problem(
-            request, list(tensors[:students]), list(tensors[students:]), labels, mask, temperature
-        )
+        problem = engine.Problem(request, list(tensors[:students]), list(tensors[students:]), labels, mask, temperature)
         needs = list(ctx.needs_input_grad[6:])
         total, gradients = engine.fused(problem, token_loss, needs)
         ctx.save_for_backward(*gradients)

@@ -52,11 +52,11 @@ def source(operator: str, argument: str, value: object) -> Source:
             bias = _floating(operator, f"{argument}.bias", value.bias, 1)
             if bias.shape[0] != weight.shape[0]:
                 raise ValueError(f"{operator}: {argument}.bias must be [{weight.shape[0]}], got {describe(bias)}")
-        for name, tensor in (("weight", weight), ("bias", value.bias)):
-            if tensor is not None and tensor.device != hidden.device:
+        for name, part in (("weight", weight), ("bias", value.bias)):
+            if part is not None and part.device != hidden.device:
                 raise ValueError(
                     f"{operator}: {argument}.{name} must be on {hidden.device} like {argument}.hidden, "
-                    f"got {tensor.device}"
+                    f"got {part.device}"
                 )
     else:
         raise TypeError(

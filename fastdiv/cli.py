@@ -23,7 +23,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         0 on success, 2 for a mistake in the request (said in one line on stderr), 130 after an interrupt.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
-    parser = argparse.ArgumentParser(prog="fastdiv", description="Per-token quantities of language models, exact and fused.")
+    parser = argparse.ArgumentParser(
+        prog="fastdiv", description="Per-token quantities of language models, exact and fused."
+    )
     commands = parser.add_subparsers(dest="command", required=True, metavar="train | bench | info")
     commands.add_parser("train", add_help=False, help="train a causal LM on verifiable rewards (fastdiv train --help)")
     commands.add_parser("bench", add_help=False, help="run the benchmarks (fastdiv bench --help)")
@@ -49,7 +51,10 @@ def _train(arguments: list[str]) -> int:
     except UserError as error:
         return _refuse("train", error)
     except KeyboardInterrupt:
-        print("fastdiv train: interrupted; the same command with --resume goes on from the last checkpoint", file=sys.stderr)
+        print(
+            "fastdiv train: interrupted; the same command with --resume goes on from the last checkpoint",
+            file=sys.stderr,
+        )
         return _INTERRUPTED
     print(report.table(records))
     print(f"metrics, curves and checkpoints: {config.output}")
@@ -69,23 +74,26 @@ def parse_train(arguments: list[str]) -> Any:
     try:
         import jsonargparse
     except ImportError as error:
-        raise UserError(f"the command line of train needs jsonargparse ({error}): pip install 'fastdiv[train]'") from error
+        raise UserError(
+            f"the command line of train needs jsonargparse ({error}): pip install 'fastdiv[train]'"
+        ) from error
     parser = jsonargparse.ArgumentParser(
         prog="fastdiv train",
         description="On-policy training of a causal language model on verifiable rewards.",
         exit_on_error=False,
     )
-    parser.add_argument("--config", action="config", help="YAML file with the options below, or the name of a packaged one")
+    parser.add_argument(
+        "--config", action="config", help="YAML file with the options below, or the name of a packaged one"
+    )
     parser.add_class_arguments(TrainConfig)
     try:
         parsed = parser.parse_args(_expand(arguments))
         parsed.pop("config", None)
-        config: TrainConfig = TrainConfig(**parser.instantiate_classes(parsed).as_dict())
+        return TrainConfig.from_dict(parsed.as_dict())
     except UserError:
         raise
     except (jsonargparse.ArgumentError, ValueError, TypeError, OSError) as error:
         raise UserError(f"{error} (options: fastdiv train --help)") from error
-    return config
 
 
 def _expand(arguments: list[str]) -> list[str]:

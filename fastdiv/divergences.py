@@ -31,8 +31,8 @@ class Parameter:
 class Divergence:
     """One divergence between student p and teacher q.
 
-    `one_pass` holds (f, r) where the divergence is f KL(q||p) + r KL(p||q): these merge from any cut of the vocabulary and
-    need no second look at the logits.  None: the normalisers must be known before the terms can be summed.
+    `one_pass` holds (f, r) where the divergence is f KL(q||p) + r KL(p||q): these merge from any cut of the vocabulary
+    and need no second look at the logits.  None: the normalisers must be known before the terms can be summed.
     """
 
     name: str

@@ -1,4 +1,6 @@
-"""The vocabulary of `fastdiv.pointwise`, on tensors of any floating dtype.  `csrc/language.h` has the same names for float.
+"""The vocabulary of `fastdiv.pointwise`, on tensors of any floating dtype.
+
+`csrc/language.h` has the same names for float.
 
 `phi(d) = exp(d) - 1 - d` and `psi(u) = u - log(1 + u)` are what every f-divergence is made of near equality: both are
 non-negative and of second order, so they must not be formed by subtraction.  Each is a polynomial, valid for
@@ -24,8 +26,9 @@ def where(condition: Tensor, yes: Value, no: Value) -> Tensor:
     like = yes if isinstance(yes, Tensor) else no
     if not isinstance(like, Tensor):
         raise TypeError(f"where: one arm must be a tensor, got {yes!r} and {no!r}")
-    arms = [v if isinstance(v, Tensor) else like.new_full((), v) for v in (yes, no)]
-    return torch.where(condition, *arms)
+    first = yes if isinstance(yes, Tensor) else like.new_full((), yes)
+    second = no if isinstance(no, Tensor) else like.new_full((), no)
+    return torch.where(condition, first, second)
 
 
 def _horner(x: Tensor, coefficients: list[float]) -> Tensor:

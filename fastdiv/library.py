@@ -28,7 +28,13 @@ _LIBRARY.define(
 
 def arguments(request: Request) -> tuple[str, list[float], int, str, int]:
     """A request as the operators' plain arguments."""
-    return ",".join(request.outputs), list(request.scalars), request.ignore_index, request.backend, request.workspace
+    return (
+        ",".join(request.outputs),
+        list(request.scalars),
+        request.ignore_index,
+        request.backend,
+        request.workspace,
+    )
 
 
 def _request(outputs: str, scalars: list[float], ignore_index: int, backend: str, workspace: int) -> Request:
@@ -61,8 +67,7 @@ def _stats_fake(
     work = work_dtype(*(t.dtype for t in [*student, *teacher]))
     shapes = [labels.shape if per_label(name) and labels is not None else lead for name in asked.outputs]
     outputs = [
-        x.new_empty(shape, dtype=output_dtype(name, work))
-        for shape, name in zip(shapes, asked.outputs, strict=True)
+        x.new_empty(shape, dtype=output_dtype(name, work)) for shape, name in zip(shapes, asked.outputs, strict=True)
     ]
     tokens = lead.numel()
     state = x.new_empty((tokens, len(STATE)), dtype=torch.float64)

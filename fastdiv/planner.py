@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-# Elements of one projected tile.  2048 x 1024 float32 is 8 MiB, which stays in a last-level cache between the product that writes
-# it, the row kernel and the products that read it (4096 hidden 576 columns 49152, 2 cores, AVX2: 1024 columns 0.745 s, 4096 columns
-# 0.825 s, whole 0.850 s a product; narrower gains nothing).
+# Elements of one projected tile.  2048 x 1024 float32 is 8 MiB, which stays in a last-level cache between the product
+# that writes it, the row kernel and the products that read it (4096 hidden 576 columns 49152, 2 cores, AVX2: 1024
+# columns 0.745 s, 4096 columns 0.825 s, whole 0.850 s a product; narrower gains nothing).
 _TILE = 2 << 20
 _NARROWEST = 512  # columns: below this the products lose more than the cache gives
 
@@ -32,8 +32,8 @@ def _slices(total: int, step: int) -> list[slice]:
 def plan(rows: int, vocabulary: int, projected: int, itemsize: int, workspace: int, full_rows: bool) -> Plan:
     """The tile for `projected` sides (0, 1 or 2) whose logits must be formed, within `workspace` bytes for all of them.
 
-    Logits that exist are one tile.  Sums that merge take all rows x a slice of the vocabulary, so that each slice of the
-    weight gradient is finished at one visit.  What needs a second look takes full rows.
+    Logits that exist are one tile.  Sums that merge take all rows x a slice of the vocabulary, so that each slice of
+    the weight gradient is finished at one visit.  What needs a second look takes full rows.
     """
     if projected == 0:
         return Plan(max(rows, 1), vocabulary)

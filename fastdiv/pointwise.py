@@ -1,20 +1,20 @@
-"""The mathematics, once.  Every function is scalar -> scalar in a tiny language: + - * /, comparisons, numbers, the names
-of `fastdiv.language`, and calls of each other.
+"""The mathematics, once.  Every function is scalar -> scalar in a tiny language: + - * /, comparisons, numbers, the
+names of `fastdiv.language`, and calls of each other.
 
 Arguments are p and q (probabilities of one vocabulary entry under student and teacher), d = log p - log q, and one
 parameter a (the mixture weight beta for `js`; unused elsewhere).  d comes separately because it is formed from the
 logits' difference, which keeps digits that log p and log q have each lost.
 
-For each divergence D = sum of `value`: the term in its non-negative form (no cancellation when p is close to q), and its
-derivatives `dlp` = d value / d log p and `dlq` = d value / d log q.  The non-negative form adds p - q to the textbook
-term; the addition sums to 0 over the vocabulary and removes the first-order sensitivity to rounding of the normalisers.
+For each divergence D = sum of `value`: the term in its non-negative form (no cancellation when p is close to q), and
+its derivatives `dlp` = d value / d log p and `dlq` = d value / d log q.  The non-negative form adds p - q to the
+textbook term; the addition sums to 0 over the vocabulary and removes the first-order sensitivity to rounding of the
+normalisers.
 
 The text runs as it stands on tensors of any dtype (float64 and autograd check it); `fastdiv.translate` prints it as
 the C++ header `csrc/pointwise.h`.  p = 0 or q = 0 gives the limit, never NaN; p = q = 0 comes with d = 0.
 """
 
 # mypy: ignore-errors
-# ruff: noqa: A004
 
 from fastdiv.language import abs, exp, log, phi, psi, where
 

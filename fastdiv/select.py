@@ -1,6 +1,6 @@
 """Selection of tokens: exactly k of them, the same ones however the batch is split, ordered or sharded.
 
-Both selectors find the k smallest integer keys by radix selection: a histogram of 16-bit digits per pass,
+Both selectors find the k smallest integer keys by radix selection: a histogram of 11-bit digits per pass,
 summed over the ranks of the process group. That is integer arithmetic on counts, so the answer is exact and
 identical on all ranks; it needs neither a sort nor a gather of the tokens, and it never waits for the
 device.
@@ -14,12 +14,12 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from .ops.covariance import all_reduce_sum, check_bool, check_tokens
+from fastdiv.ops.covariance import all_reduce_sum, check_bool, check_tokens
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-_DIGIT = 16
+_DIGIT = 11
 _UINT64 = (1 << 64) - 1
 
 
@@ -49,7 +49,7 @@ def top_k(
         index: [*], int64, non-negative, the token's number in the whole scope, each number once; None: its
             position in this call, with a process group in the concatenation of the ranks' tokens. Give it
             to make ties independent of how the batch is cut.
-        process_group: the scope is the union of the tokens of all its ranks (a few all-reduces of 65536
+        process_group: the scope is the union of the tokens of all its ranks (a few all-reduces of 2048
             counts); None: the tokens of this call.
 
     Returns:
@@ -134,9 +134,7 @@ def _resolve_k(operator: str, count: Tensor, k: int | Tensor | None, ratio: floa
     return count.clamp(max=k)
 
 
-def _global_index(
-    operator: str, like: Tensor, index: Tensor | None, process_group: ProcessGroup | None
-) -> Tensor:
+def _global_index(operator: str, like: Tensor, index: Tensor | None, process_group: ProcessGroup | None) -> Tensor:
     if index is not None:
         if not isinstance(index, Tensor) or index.dtype != torch.int64:
             got = index.dtype if isinstance(index, Tensor) else type(index).__name__
@@ -172,8 +170,9 @@ def _k_smallest(
     first."""
     chosen = torch.zeros_like(alive)
     for key, bits in keys:
-        for shift in range(bits - _DIGIT, -1, -_DIGIT):
-            digit = key >> shift & ((1 << _DIGIT) - 1)  # the mask undoes the sign extension of the shift
+        for shift in reversed(range(0, bits, _DIGIT)):
+            # the shift extends the sign; cut to one digit, negative keys come last, as unsigned numbers do
+            digit = key >> shift & ((1 << _DIGIT) - 1)
             histogram = key.new_zeros(1 << _DIGIT).scatter_add_(0, digit.flatten(), alive.flatten().long())
             histogram = all_reduce_sum(histogram, process_group)
             up_to = histogram.cumsum(0)

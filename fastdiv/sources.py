@@ -12,7 +12,9 @@ from torch import Tensor
 def _leading_index(index: Any, tensor: Tensor) -> Any:
     """`index` so that it cannot reach the last dimension of `tensor`."""
     items = index if isinstance(index, tuple) else (index,)
-    taken = sum(i.dim() if isinstance(i, Tensor) and i.dtype == torch.bool else i is not None for i in items if i is not ...)
+    taken = sum(
+        i.dim() if isinstance(i, Tensor) and i.dtype == torch.bool else i is not None for i in items if i is not ...
+    )
     if taken > tensor.dim() - 1:
         raise IndexError(
             f"a logits source takes indices into its leading dimensions {tuple(tensor.shape[:-1])}, got {taken} indices"

@@ -112,7 +112,8 @@ class Statistics:
 
     @cached_property
     def kl(self) -> tuple[Tensor, Tensor]:
-        """(forward, reverse).  The sums were taken with offsets whose normalisers differ by c: each is KL + phi(+-c)."""
+        """(forward, reverse).  The sums were taken with offsets whose normalisers differ by c: each is KL +
+        phi(+-c)."""
         c = self.log_norm - self.teacher_log_norm
         forward = self.forward / (1.0 + self.teacher_tail) - _phi(c)
         reverse = self.reverse / (1.0 + self.tail) - _phi(-c)
@@ -249,7 +250,8 @@ def values(request: Request, s: Statistics, sums: Tensor) -> list[Tensor]:
 def coefficients(
     request: Request, s: Statistics, sums: Tensor, upstream: dict[str, Tensor]
 ) -> tuple[Coefficients, list[tuple[Divergence, float]]]:
-    """Coefficients for the outputs that have an upstream gradient ([rows] or [rows, K]), and the divergences of the gains."""
+    """Coefficients for the outputs that have an upstream gradient ([rows] or [rows, K]), and the divergences of the
+    gains."""
     terms = [pair for pair in request.divergences if pair[0].name in upstream]
     rows = sums.shape[0]
     c = Coefficients(torch.zeros(rows, COEFFICIENTS + len(terms), dtype=torch.float64, device=sums.device))

@@ -1,7 +1,7 @@
 """Tiles of logits: some rows x some columns of the vocabulary, seen as they are or projected into a workspace.
 
-Both sides of a comparison answer the same questions, so that `engine` walks tiles without knowing where logits come from:
-`tile` gives logits, `target` says where their gradient goes, `absorb` takes the gradient on to the inputs.
+Both sides of a comparison answer the same questions, so that `engine` walks tiles without knowing where logits come
+from: `tile` gives logits, `target` says where their gradient goes, `absorb` takes the gradient on to the inputs.
 """
 
 from __future__ import annotations
@@ -83,8 +83,8 @@ class Given:
 class Projected:
     """Logits hidden @ weight.T + bias, one tile at a time in the work dtype; the gradient overwrites the tile.
 
-    Only the rows in `index` take part.  Weight gradients are formed in the work dtype: straight into the result when each
-    slice of the vocabulary is visited once (`one_visit`), else added up and rounded at the end.
+    Only the rows in `index` take part.  Weight gradients are formed in the work dtype: straight into the result when
+    each slice of the vocabulary is visited once (`one_visit`), else added up and rounded at the end.
     """
 
     def __init__(

@@ -69,7 +69,9 @@ def _load(name: str) -> Backend | str:
     try:
         from fastdiv.backends.native import Native
     except ImportError as error:
-        return f"fastdiv._C is not built or does not load ({error}); reinstall with FASTDIV_BUILD=cpu and a C++ compiler"
+        return (
+            f"fastdiv._C is not built or does not load ({error}); reinstall with FASTDIV_BUILD=cpu and a C++ compiler"
+        )
     return Native()
 
 
@@ -95,8 +97,8 @@ def _refusal(backend: Backend, dtypes: list[torch.dtype], device: torch.device) 
 def select(dtypes: list[torch.dtype], device: torch.device, name: str | None) -> str:
     """The name of the backend for inputs of these dtypes and device.
 
-    An explicit `name` or FASTDIV_BACKEND is obeyed or refused with an error; else the first of `NAMES` that is present and
-    takes the inputs.  FASTDIV_LOG=1 says why the others were passed over.
+    An explicit `name` or FASTDIV_BACKEND is obeyed or refused with an error; else the first of `NAMES` that is
+    present and takes the inputs.  FASTDIV_LOG=1 says why the others were passed over.
     """
     asked = name or os.environ.get("FASTDIV_BACKEND")
     if asked:

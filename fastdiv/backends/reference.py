@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from fastdiv.pointwise import forward_kl_value, reverse_kl_value
+from fastdiv.divergences import DIVERGENCES
 from fastdiv.sources import transform
 from fastdiv.statistics import COEFFICIENTS, STATE, WANTED
 from fastdiv.tiles import Rows, Terms, Tile
@@ -110,7 +110,7 @@ def _add_labels(
     log_norm: Tensor,
     gains: Tensor,
 ) -> Tensor:
-    """dx + sum_k gain_k ([v = label_k] - p), with 1 - p = -expm1(log p) at the labels themselves, which keeps its digits."""
+    """dx + sum_k gain_k ([v = label_k] - p); at the labels themselves 1 - p = -expm1(log p) keeps its digits."""
     labels = tile.labels[part]
     total = gains.sum(1, keepdim=True)
     same = (gains[:, None, :] * (labels[:, None, :] == labels[:, :, None])).sum(2)
@@ -166,8 +166,8 @@ class Reference:
                     none = torch.zeros((), dtype=x.dtype, device=x.device)
                     forward = _shift_kl(s["forward"], a, b, total, taught.old_total)
                     reverse = _shift_kl(s["reverse"], b, a, taught.old_total, total)
-                    s["forward"] = forward + _sum(forward_kl_value(d, p, q, none))
-                    s["reverse"] = reverse + _sum(reverse_kl_value(d, p, q, none))
+                    s["forward"] = forward + _sum(DIVERGENCES["forward_kl"].value(d, p, q, none))
+                    s["reverse"] = reverse + _sum(DIVERGENCES["reverse_kl"].value(d, p, q, none))
             state[part] = torch.stack([s[name] for name in STATE], 1)
             self._labels(tile, part, x, label_logits)
 
@@ -194,7 +194,12 @@ class Reference:
             if not terms or tile.teacher is None:
                 continue
             s = dict(zip(STATE, state[part].unbind(1), strict=True))
-            c = _Compared(x, _read(tile.teacher, part, tile.inverse_temperature.dtype), s, tile.inverse_temperature[part].double())
+            c = _Compared(
+                x,
+                _read(tile.teacher, part, tile.inverse_temperature.dtype),
+                s,
+                tile.inverse_temperature[part].double(),
+            )
             for i, (divergence, parameter) in enumerate(terms):
                 a = torch.full((), parameter, dtype=x.dtype, device=x.device)
                 for j, function in enumerate((divergence.value, divergence.dlp, divergence.dlq)):

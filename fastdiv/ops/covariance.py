@@ -79,9 +79,7 @@ def all_reduce_sum(value: Tensor, process_group: ProcessGroup | None) -> Tensor:
     return value
 
 
-def check_tokens(
-    operator: str, mask: Tensor | None, tensors: Mapping[str, Tensor], *, precise: bool = True
-) -> Tensor:
+def check_tokens(operator: str, mask: Tensor | None, tensors: Mapping[str, Tensor], *, precise: bool = True) -> Tensor:
     """The mask (all True for None) after checking that every tensor matches the first in shape and device.
 
     `precise` asks for float32 or float64, the same for all tensors; otherwise any floating dtype will do.
@@ -98,9 +96,7 @@ def check_tokens(
                 "16-bit log-probabilities are too coarse for ratios and rankings"
             )
         if precise and tensor.dtype != anchor.dtype:
-            raise TypeError(
-                f"{operator}: {name} must have the dtype of {first}, {anchor.dtype}, got {tensor.dtype}"
-            )
+            raise TypeError(f"{operator}: {name} must have the dtype of {first}, {anchor.dtype}, got {tensor.dtype}")
         _check_like(operator, name, tensor, first, anchor)
     if mask is None:
         return torch.ones_like(anchor, dtype=torch.bool)
@@ -119,10 +115,7 @@ def check_bool(operator: str, name: str, tensor: object) -> None:
 def _check_like(operator: str, name: str, tensor: Tensor, first: str, anchor: Tensor) -> None:
     if tensor.shape != anchor.shape:
         raise ValueError(
-            f"{operator}: {name} must have the shape of {first}, {list(anchor.shape)}, "
-            f"got {list(tensor.shape)}"
+            f"{operator}: {name} must have the shape of {first}, {list(anchor.shape)}, got {list(tensor.shape)}"
         )
     if tensor.device != anchor.device:
-        raise ValueError(
-            f"{operator}: {name} must be on the device of {first}, {anchor.device}, got {tensor.device}"
-        )
+        raise ValueError(f"{operator}: {name} must be on the device of {first}, {anchor.device}, got {tensor.device}")

@@ -22,19 +22,19 @@ def divergence(
 ) -> Tensor:
     """Divergence between p = softmax(student / temperature) and q = softmax(teacher / temperature), per token, in nats.
 
-    ============  =====================================================================  ============================
-    kind          formula                                                                d / d student logit z
-    ============  =====================================================================  ============================
-    forward_kl    KL(q || p) = sum q log(q / p)                                          p - q
-    reverse_kl    KL(p || q) = sum p log(p / q)                                          p (log(p / q) - KL)
-    jeffreys      KL(p || q) + KL(q || p)                                                the sum of both
-    js            beta KL(q || m) + (1 - beta) KL(p || m), m = beta q + (1 - beta) p     (1 - beta) p (log(p/m) - KL(p||m))
-    tv            sum |p - q| / 2                                                        p (sign(p - q) - sum p sign) / 2
-    ============  =====================================================================  ============================
+    ============  ========================================  =======================================
+    kind          formula                                   d / d z, z = student / temperature
+    ============  ========================================  =======================================
+    forward_kl    KL(q || p) = sum q log(q / p)             p - q
+    reverse_kl    KL(p || q) = sum p log(p / q)             p (log(p / q) - KL(p || q))
+    jeffreys      KL(p || q) + KL(q || p)                   the sum of both
+    js            beta KL(q || m) + (1 - beta) KL(p || m)   (1 - beta) p (log(p / m) - KL(p || m))
+    tv            sum |p - q| / 2                           p (sign(p - q) - sum p sign(p - q)) / 2
+    ============  ========================================  =======================================
 
-    `js` with weight beta is the generalised Jensen-Shannon divergence of GKD (Agarwal et al., arXiv 2306.13649, eq. 1), whose
-    ends are not the KLs but 0; no temperature-squared factor is applied.  The KLs are summed in a form all of whose
-    terms are non-negative, so a KL of 5e-7 over 131072 tokens is right to 1e-3 in float32.
+    `js`, m = beta q + (1 - beta) p, is the generalised Jensen-Shannon divergence of GKD (Agarwal et al., arXiv
+    2306.13649); its ends are 0, not the KLs.  No temperature-squared factor is applied.  The KLs are summed in a form
+    all of whose terms are non-negative, so a KL of 5e-7 over 131072 tokens is right to 1e-3 in float32.
 
     Arguments:
         student, teacher: [*, V] each, or sources.  Either may ask for a gradient.
@@ -43,8 +43,8 @@ def divergence(
         temperature, mask, backend, workspace: as in `token_stats`.
 
     Returns:
-        float32 (float64 if an input is float64) [*]; 0 at masked tokens.  +inf for a KL whose second distribution is 0 where
-        the first is not.
+        float32 (float64 if an input is float64) [*]; 0 at masked tokens.  +inf for a KL whose second distribution is
+        0 where the first is not.
 
     Raises:
         As `token_stats`.

@@ -30,15 +30,16 @@ def linear_loss(
     """Sum over tokens of a loss of per-token statistics, from hidden states: L = sum_t token_loss(stats, rows)_t.
 
     Each chunk of full rows is projected once; its statistics go through `token_loss`, whose derivative gives the row
-    gradients on the spot.  Three matrix products (four with a projected teacher) where the unfused backward needs four (six).
-    Scaling is by linearity: divide by your own normaliser inside `token_loss` or outside.
+    gradients on the spot.  Three matrix products (four with a projected teacher) where the unfused backward needs
+    four (six). Scaling is by linearity: divide by your own normaliser inside `token_loss` or outside.
 
     Arguments:
         head: the student, `LinearLogits`.
         labels: [*] or [*, K]; None if no output needs them.
-        token_loss: called once per chunk with the chunk's `TokenStats` ([rows] or [rows, K] each) and `rows`, the int64 flat
-            token numbers of its rows, with which it indexes per-token tensors of its own.  Returns [rows], differentiable
-            in the statistics.  Tensors it closes over get no gradient.
+        token_loss: called once per chunk with the chunk's `TokenStats` ([rows] or [rows, K] each) and `rows`, the
+        int64 flat
+            token numbers of its rows, with which it indexes per-token tensors of its own.  Returns [rows],
+            differentiable in the statistics.  Tensors it closes over get no gradient.
         teacher, outputs, beta, temperature, mask, ignore_index, backend, workspace: as in `token_stats`.
 
     Returns:

@@ -73,16 +73,17 @@ def token_stats(
         workspace: bytes for tiles of projected logits; default 128 MiB on a CPU, 256 MiB elsewhere.
 
     Returns:
-        `TokenStats`, a dict with attribute access.  Numbers are float32, or float64 if any input is float64, whatever the
-        input's dtype; statistics are never rounded to a smaller one.  Gradients come in each input's dtype.
+        `TokenStats`, a dict with attribute access.  Numbers are float32, or float64 if any input is float64, whatever
+        the input's dtype; statistics are never rounded to a smaller one.  Gradients come in each input's dtype.
 
     Raises:
         TypeError, ValueError: an argument is not as described; the message names it and what came.
         IndexError: a label outside [0, V) that is not `ignore_index` (on a CPU; elsewhere that row becomes NaN).
         RuntimeError: second derivatives are asked for.
 
-    A -inf logit has probability 0, contributes 0 and receives gradient 0.  A row of -inf, or one with NaN or +inf, gives
-    NaN (logsumexp of all -inf: -inf) in that row alone.  A probability below the smallest normal float32 counts as 0.
+    A -inf logit has probability 0, contributes 0 and receives gradient 0.  A row of -inf, or one with NaN or +inf,
+    gives NaN (logsumexp of all -inf: -inf) in that row alone.  A probability below the smallest normal float32 counts
+    as 0.
 
     Memory beyond inputs, outputs and gradients: O(tokens), and for `LinearLogits` the workspace, O(tokens H) and, where
     slices of the vocabulary are visited more than once, a weight gradient in float32.

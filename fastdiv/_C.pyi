@@ -1,0 +1,44 @@
+divergences: list[str]
+state_fields: int
+
+class Logits:
+    def __init__(self, data: int, offsets: int, dtype: int, scale: float, softcap: float) -> None: ...
+
+class Tile:
+    def __init__(
+        self,
+        student: Logits,
+        teacher: Logits,
+        rows: int,
+        columns: int,
+        first_column: int,
+        inverse_temperature: int,
+        labels: int,
+        labels_per_row: int,
+    ) -> None: ...
+
+def accumulate(tile: Tile, wanted: int, state: int, label_logits: int, threads: int) -> None: ...
+def compare(
+    tile: Tile,
+    divergences: list[int],
+    parameters: list[float],
+    state: int,
+    label_logits: int,
+    sums: int,
+    rank: int,
+    threads: int,
+) -> None: ...
+def gradient(
+    tile: Tile,
+    divergences: list[int],
+    parameters: list[float],
+    state: int,
+    coefficients: int,
+    label_gains: int,
+    student: int,
+    student_offsets: int,
+    teacher: int,
+    teacher_offsets: int,
+    threads: int,
+) -> None: ...
+def instruction_set() -> str: ...
