@@ -103,7 +103,7 @@ def _expand(arguments: list[str]) -> list[str]:
     found = []
     for previous, argument in zip(["", *arguments], arguments, strict=False):
         name = argument.removeprefix("--config=")
-        if (previous == "--config" or name != argument) and not Path(name).exists():
+        if (previous == "--config" or name != argument) and not Path(name).is_file():
             packaged = folder / f"{name}.yaml"
             argument = argument.removesuffix(name) + str(packaged) if packaged.is_file() else argument
         found.append(argument)

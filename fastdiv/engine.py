@@ -41,35 +41,37 @@ class Problem:
         self.vocabulary = student[1].shape[0] if len(student) > 1 else student[0].shape[-1]
         self.tokens = math.prod(self.lead)
         self.device, self.work = student[0].device, work_dtype(*(t.dtype for t in [*student, *teacher]))
-        self.label_shape = labels.shape if labels is not None else self.lead
+        self.label_shape = self.lead if labels is None else labels.shape
         k = 0 if labels is None else 1 if labels.shape == self.lead else labels.shape[-1]
-        flat = torch.zeros(self.tokens, 0, dtype=torch.int64, device=self.device)
-        self.labels = flat if labels is None else labels.reshape(self.tokens, k).long()
-        active = None if mask is None else mask.reshape(-1)
-        if labels is not None:
-            kept = (self.labels != request.ignore_index).any(1)
-            active = kept if active is None else active & kept
-        if active is None or bool(active.all()):
-            self.index = torch.arange(self.tokens, device=self.device)
-        else:
-            self.index = active.nonzero()[:, 0]
-        self.labels = self.labels[self.index]
+        every = torch.zeros(self.tokens, 0, dtype=torch.int64, device=self.device)
+        every = every if labels is None else labels.reshape(self.tokens, k).long()
+        active = torch.ones(self.tokens, dtype=torch.bool, device=self.device) if mask is None else mask.reshape(-1)
+        if k:
+            active = active & (every != request.ignore_index).any(1)
+        self.index = active.nonzero()[:, 0]
+        self.labels = every[self.index]  # [rows, K]
         self.ignored = self.labels == request.ignore_index
         self.invalid = ~self.ignored & ((self.labels < 0) | (self.labels >= self.vocabulary))
+        self._check_labels()
+        self.inverse_temperature = self._inverse_temperature(temperature)
+
+    def _check_labels(self) -> None:
         # Looking at the labels of another device would wait for it: there the row becomes NaN instead.
         look = self.device.type == "cpu" or os.environ.get("FASTDIV_CHECK", "0") not in ("", "0")
         if look and bool(self.invalid.any()):
             row, column = (int(i) for i in self.invalid.nonzero()[0])
             raise IndexError(
-                f"labels: expected values in [0, {self.vocabulary}) or ignore_index {request.ignore_index}, "
+                f"labels: expected values in [0, {self.vocabulary}) or ignore_index {self.request.ignore_index}, "
                 f"got {int(self.labels[row, column])} at token {int(self.index[row])}"
             )
-        inverse = torch.full((self.tokens,), 1.0, dtype=self.work, device=self.device)
-        if temperature is not None:
-            if self.device.type == "cpu" and not bool((temperature > 0.0).all()):
-                raise ValueError(f"temperature: expected numbers above 0, got {float(temperature.min())}")
-            inverse = temperature.expand(self.lead).reshape(-1).to(self.work).reciprocal()
-        self.inverse_temperature = (inverse / request.temperature)[self.index]
+
+    def _inverse_temperature(self, temperature: Tensor | None) -> Tensor:
+        if temperature is None:
+            value = 1.0 / self.request.temperature
+            return torch.full((self.rows,), value, dtype=self.work, device=self.device)
+        if self.device.type == "cpu" and not bool((temperature > 0.0).all()):
+            raise ValueError(f"temperature: expected numbers above 0, got {float(temperature.min())}")
+        return temperature.reshape(-1)[self.index].to(self.work).reciprocal()
 
     @property
     def rows(self) -> int:
@@ -130,8 +132,8 @@ class Problem:
 class Sums:
     """What the forward pass leaves of some rows."""
 
-    def __init__(self, problem: Problem, rows: int) -> None:
-        labels = problem.labels.shape[1]
+    def __init__(self, problem: Problem) -> None:
+        rows, labels = problem.labels.shape
         self.state = empty_state(rows, problem.device)
         self.label_logits = torch.full((rows, labels), torch.nan, dtype=problem.work, device=problem.device)
         self.compared = torch.zeros(rows, len(problem.request.compared), 3, dtype=torch.float64, device=problem.device)
@@ -208,7 +210,7 @@ def forward(problem: Problem) -> tuple[list[Tensor], Tensor, Tensor]:
     request = problem.request
     tiles = problem.plan(full_rows=request.second_look)
     student, teacher = problem.sides(tiles, [False] * (len(problem.student) + len(problem.teacher)))
-    sums = Sums(problem, problem.rows)
+    sums = Sums(problem)
     for rows in tiles.row_slices(problem.rows):
         _accumulate(problem, sums, student, teacher, tiles, rows)
     everything = slice(0, problem.rows)
@@ -226,11 +228,8 @@ def backward(
     """Gradients of every student and teacher tensor (None where `needs` is False)."""
     tiles = problem.plan(full_rows=False)
     student, teacher = problem.sides(tiles, needs)
-    sums = Sums(problem, 0)
+    sums = Sums(problem)
     sums.state, sums.compared = state[problem.index], compared[problem.index]
-    k = problem.labels.shape[1]
-    sums.label_logits = torch.zeros(problem.rows, k, dtype=problem.work, device=problem.device)
-    sums.rank = torch.zeros(problem.rows, k, dtype=torch.int64, device=problem.device)
     lead = len(problem.lead)
     flat = {n: g.reshape(problem.tokens, *g.shape[lead:])[problem.index] for n, g in upstream.items()}
     for rows in tiles.row_slices(problem.rows):
@@ -245,7 +244,7 @@ def fused(problem: Problem, token_loss: TokenLoss, needs: list[bool]) -> tuple[T
     student, teacher = problem.sides(tiles, needs)
     whole = slice(0, problem.vocabulary)
     total = torch.zeros((), dtype=torch.float64, device=problem.device)
-    sums = Sums(problem, problem.rows)
+    sums = Sums(problem)
     for rows in tiles.row_slices(problem.rows):
         tile = _accumulate(problem, sums, student, teacher, tiles, rows)
         values_ = problem.outputs(rows, sums.statistics(problem, rows), sums.compared[rows])

@@ -90,7 +90,7 @@ class Statistics:
     @cached_property
     def mean_shifted(self) -> Tensor:
         """E_p[z - m]."""
-        return self.first / (1.0 + self.tail)
+        return torch.where(self.max == -torch.inf, torch.nan, self.first / (1.0 + self.tail))
 
     @cached_property
     def entropy(self) -> Tensor:
