@@ -1,4 +1,5 @@
-// The one place that knows Python.  Tensors come as addresses; what they mean is checked in fastdiv/backends/native.py.
+// The one place that knows Python.  Tensors come as addresses; what they mean is checked in
+// fastdiv/backends/native.py.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -23,7 +24,8 @@ T* at(Address address) {
 template <typename Args>
 void for_each_row(void (*kernel)(const Args&, int64_t), const Args& args, int threads) {
   const int64_t rows = args.tile.rows;
-#pragma omp parallel for schedule(dynamic) num_threads(threads)
+  const bool worthwhile = rows * args.tile.columns > (1 << 15);  // waking a thread costs some microseconds
+#pragma omp parallel for schedule(dynamic) num_threads(threads) if (worthwhile)
   for (int64_t row = 0; row < rows; ++row) kernel(args, row);
 }
 
@@ -88,8 +90,8 @@ PYBIND11_MODULE(_C, m) {
          Address teacher, Address teacher_offsets, int threads) {
         for_each_row(fd::gradient_row,
                      fd::Gradient{tile, terms(divergences, parameters), at<const fd::RowState>(state),
-                                  at<const float>(coefficients), at<const float>(label_gains), at<void>(student),
-                                  at<void>(teacher), at<const int64_t>(student_offsets),
+                                  at<const float>(coefficients), at<const float>(label_gains),
+                                  at<void>(student), at<void>(teacher), at<const int64_t>(student_offsets),
                                   at<const int64_t>(teacher_offsets)},
                      threads);
       },

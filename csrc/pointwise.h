@@ -32,8 +32,8 @@ FD_INLINE float reverse_kl_dlq(float d, float p, float q, float) {
   return (abs(d) < 0.5f ? (p * (phi(-d) - d)) : (q - p));
 }
 
-FD_INLINE float jeffreys_value(float d, float p, float q, float) {
-  return (abs(d) < 0.5f ? ((q * (d + phi(d))) * d) : ((p - q) * d));
+FD_INLINE float jeffreys_value(float d, float p, float q, float a) {
+  return (forward_kl_value(d, p, q, a) + reverse_kl_value(d, p, q, a));
 }
 
 FD_INLINE float jeffreys_dlp(float d, float p, float q, float a) {

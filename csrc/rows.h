@@ -25,8 +25,16 @@ struct Tile {
   int64_t labels_per_row = 0;
 };
 
-// What `accumulate` sums beside the normalisers and the first moment, as bits.
-enum Wanted : int32_t { kSecond = 1, kSquares = 2, kSum = 4, kArgmax = 8, kForward = 16, kReverse = 32 };
+// What `accumulate` sums beside the normalisers, as bits.
+enum Wanted : int32_t {
+  kFirst = 1,
+  kSecond = 2,
+  kSquares = 4,
+  kSum = 8,
+  kArgmax = 16,
+  kForward = 32,
+  kReverse = 64
+};
 
 // Row statistics so far.  All fields are double and their order is fastdiv/statistics.py's STATE.  With
 // z = (t - max) / temperature and e = exp(z): `tail` = sum e - 1, the sum over every entry but one maximum,

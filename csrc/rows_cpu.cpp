@@ -16,8 +16,7 @@
 namespace fd {
 namespace {
 
-constexpr int64_t kChunk = 1024;
-constexpr float kLowestLog = -104.0f;  // exp of it is 0 in float: keeps 0 * (-inf) out of p * log p
+constexpr int64_t kChunk = 1024, kBlock = 512;
 
 struct BFloat16 {
   uint16_t bits;
@@ -50,6 +49,11 @@ FD_INLINE void load(const T* from, int64_t n, float scale, float softcap, float*
   }
 }
 
+FD_INLINE int64_t width(const Logits& side) { return side.dtype == kFloat32 ? 4 : 2; }
+FD_INLINE const char* address(const Logits& side, int64_t row, int64_t column) {
+  return static_cast<const char*>(side.data) + (side.offsets[row] + column) * width(side);
+}
+
 // Transformed logits of one chunk: the tensor's own memory where there is nothing to transform, else
 // `buffer`.
 FD_INLINE const float* chunk(const Logits& side, int64_t row, int64_t column, int64_t n, float* buffer) {
@@ -70,29 +74,87 @@ FD_INLINE const float* chunk(const Logits& side, int64_t row, int64_t column, in
   return buffer;
 }
 
+// Four strands: one would wait for itself at every step.
 FD_INLINE float maximum(const float* x, int64_t n) {
-  float m = -INFINITY;
-#pragma omp simd reduction(max : m)
-  for (int64_t i = 0; i < n; ++i) m = x[i] > m ? x[i] : m;
-  return m;
+  const int64_t quarter = n / 4;
+  float a = -INFINITY, b = -INFINITY, c = -INFINITY, d = -INFINITY;
+#pragma omp simd reduction(max : a, b, c, d)
+  for (int64_t i = 0; i < quarter; ++i) {
+    a = x[i] > a ? x[i] : a;
+    b = x[i + quarter] > b ? x[i + quarter] : b;
+    c = x[i + 2 * quarter] > c ? x[i + 2 * quarter] : c;
+    d = x[i + 3 * quarter] > d ? x[i + 3 * quarter] : d;
+  }
+  for (int64_t i = 4 * quarter; i < n; ++i) a = x[i] > a ? x[i] : a;
+  return std::max(std::max(a, b), std::max(c, d));
 }
 
-// e = exp((x - max) / temperature), and what it sums to beyond the single maximum counted when it was
-// `raised`.
-FD_INLINE void exponentials(const float* x, int64_t n, float max, float it, bool raised, float* e,
-                            double& tail, double& first) {
-  float sum = 0.0f, top = 0.0f, moment = 0.0f;
-#pragma omp simd reduction(+ : sum, top, moment)
-  for (int64_t i = 0; i < n; ++i) {
-    const float z = (x[i] - max) * it, p = exp(z);
-    const bool is_top = x[i] == max;
-    e[i] = p;
-    top += is_top ? 1.0f : 0.0f;
-    sum += is_top ? 0.0f : p;
-    moment += p * (z > kLowestLog ? z : kLowestLog);
+struct Moments {
+  float sum = 0.0f, first = 0.0f;
+};
+
+// e = exp((x - max) / temperature), its sum and, if wanted, the sum of e times the exponent.  The arithmetic
+// hides the way of the next chunk, which starts at `ahead` and has `width` bytes an element, from memory.
+template <bool kWithFirst>
+FD_INLINE Moments exponentials(const float* x, int64_t n, float max, float it, float* e, const char* ahead,
+                               int64_t width) {
+  float sum = 0.0f, first = 0.0f;
+  for (int64_t begin = 0; begin < n; begin += kBlock) {
+    const int64_t end = std::min(begin + kBlock, n);
+    for (int64_t line = begin * width; line < end * width; line += 64) __builtin_prefetch(ahead + line);
+#pragma omp simd reduction(+ : sum, first)
+    for (int64_t i = begin; i < end; ++i) {
+      const float z = floored((x[i] - max) * it), p = exp_floored(z);
+      e[i] = p;
+      sum += p;
+      first += kWithFirst ? p * z : 0.0f;
+    }
   }
-  tail += static_cast<double>(sum) + (static_cast<double>(top) - (raised ? 1.0 : 0.0));
-  first += moment;
+  return {sum, first};
+}
+
+// A pointwise function with its parameter fixed.
+#define FD_BIND(function, parameter) \
+  [a = parameter](float d, float p, float q) __attribute__((always_inline)) { return function(d, p, q, a); }
+
+struct PairSums {
+  float sum = 0.0f, forward = 0.0f, reverse = 0.0f;
+};
+
+// The teacher's exponentials q and their sum, and with them the sums of two functions of (d, p, q), where d =
+// log p - log q is off by a constant that fastdiv/statistics.py takes out.
+template <typename F, typename R>
+FD_INLINE PairSums pair_sums(F forward_term, R reverse_term, const float* x, const float* y, const float* p,
+                             int64_t n, float y_max, float shift, float it, float* q, const char* ahead,
+                             int64_t width) {
+  float sum = 0.0f, forward = 0.0f, reverse = 0.0f;
+  for (int64_t begin = 0; begin < n; begin += kBlock) {
+    const int64_t end = std::min(begin + kBlock, n);
+    for (int64_t line = begin * width; line < end * width; line += 64) __builtin_prefetch(ahead + line);
+#pragma omp simd reduction(+ : sum, forward, reverse)
+    for (int64_t i = begin; i < end; ++i) {
+      const float pi = p[i], qi = exp((y[i] - y_max) * it), d = (x[i] - y[i]) * it - shift;
+      q[i] = qi;
+      sum += qi;
+      forward += forward_term(d, pi, qi);
+      reverse += reverse_term(d, pi, qi);
+    }
+  }
+  return {sum, forward, reverse};
+}
+
+// The sum of e^power over a chunk, without the one maximum that the state counts apart if it was `raised`
+// here.
+FD_INLINE double beside_maximum(const float* x, const float* e, int64_t n, float max, bool raised,
+                                bool squared) {
+  float sum = 0.0f, top = 0.0f;
+#pragma omp simd reduction(+ : sum, top)
+  for (int64_t i = 0; i < n; ++i) {
+    const bool is_top = x[i] == max;
+    top += is_top ? 1.0f : 0.0f;
+    sum += is_top ? 0.0f : squared ? e[i] * e[i] : e[i];
+  }
+  return static_cast<double>(sum) + (static_cast<double>(top) - (raised ? 1.0 : 0.0));
 }
 
 // Log-probabilities against final normalisers.
@@ -112,27 +174,10 @@ FD_INLINE void compare(const float* x, const float* y, int64_t n, const RowState
   const float norm = static_cast<float>(log_sum(s.student) - log_sum(s.teacher));
 #pragma omp simd
   for (int64_t i = 0; i < n; ++i) {
-    const float pi = exp((x[i] - x_max) * it - x_norm), qi = exp((y[i] - y_max) * it - y_norm);
-    const float difference = ((x[i] - y[i]) - shift) * it - norm;
-    p[i] = pi;
-    q[i] = qi;
-    d[i] = pi + qi == 0.0f ? 0.0f : difference;
+    p[i] = exp((x[i] - x_max) * it - x_norm);
+    q[i] = exp((y[i] - y_max) * it - y_norm);
+    d[i] = ((x[i] - y[i]) - shift) * it - norm;
   }
-}
-
-// Sum of a divergence's value on unnormalised exponentials: d is off by a constant that statistics.py takes
-// out.
-template <typename F>
-FD_INLINE double sum_of(F value, const float* x, const float* y, const float* p, const float* q, int64_t n,
-                        double offsets, float it) {
-  const float shift = static_cast<float>(offsets);
-  float sum = 0.0f;
-#pragma omp simd reduction(+ : sum)
-  for (int64_t i = 0; i < n; ++i) {
-    const float pi = p[i], qi = q[i], difference = ((x[i] - y[i]) - shift) * it;
-    sum += value(pi + qi == 0.0f ? 0.0f : difference, pi, qi);
-  }
-  return sum;
 }
 
 template <typename V, typename P, typename Q>
@@ -166,9 +211,6 @@ enum Number : int32_t {
   FD_DIVERGENCES(FD_NUMBER)
 #undef FD_NUMBER
 };
-
-#define FD_BIND(function, parameter) \
-  [a = parameter](float d, float p, float q) __attribute__((always_inline)) { return function(d, p, q, a); }
 
 FD_INLINE void add_sums(int32_t number, float a, const float* d, const float* p, const float* q, int64_t n,
                         double* sums) {
@@ -240,28 +282,24 @@ FD_CLONES void accumulate_row(const Accumulate& args, int64_t row) {
     if (x_raised || y_raised)
       raise(s, std::max<double>(x_top, s.student.max), std::max<double>(y_top, s.teacher.max), it);
 
-    exponentials(x, n, offset(s.student), it, x_raised, p, s.student.tail, s.first);
+    // Only a chunk that holds the maximum needs the careful sum.
+    const float x_max = offset(s.student);
+    const char* ahead = address(tile.student, row, c + n);
+    const int64_t bytes = width(tile.student);
+    const Moments moments = args.wanted & kFirst ? exponentials<true>(x, n, x_max, it, p, ahead, bytes)
+                                                 : exponentials<false>(x, n, x_max, it, p, ahead, bytes);
+    s.student.tail += x_top == x_max ? beside_maximum(x, p, n, x_max, x_raised, false) : moments.sum;
+    s.first += moments.first;
     if (args.wanted & kSecond) {
       float sum = 0.0f;
-      const float max = offset(s.student);
 #pragma omp simd reduction(+ : sum)
       for (int64_t i = 0; i < n; ++i) {
-        const float z = (x[i] - max) * it, low = z > kLowestLog ? z : kLowestLog;
-        sum += p[i] * low * low;
+        const float z = floored((x[i] - x_max) * it);
+        sum += p[i] * z * z;
       }
       s.second += sum;
     }
-    if (args.wanted & kSquares) {
-      const float max = offset(s.student);
-      float sum = 0.0f, top = 0.0f;
-#pragma omp simd reduction(+ : sum, top)
-      for (int64_t i = 0; i < n; ++i) {
-        const bool is_top = x[i] == max;
-        top += is_top ? 1.0f : 0.0f;
-        sum += is_top ? 0.0f : p[i] * p[i];
-      }
-      s.squares += static_cast<double>(sum) + (static_cast<double>(top) - (x_raised ? 1.0 : 0.0));
-    }
+    if (args.wanted & kSquares) s.squares += beside_maximum(x, p, n, x_max, x_raised, true);
     if (args.wanted & kSum) {
       float sum = 0.0f;
 #pragma omp simd reduction(+ : sum)
@@ -269,15 +307,23 @@ FD_CLONES void accumulate_row(const Accumulate& args, int64_t row) {
       s.sum += sum;
     }
     if (pair) {
-      double unused = 0.0;
-      exponentials(y, n, offset(s.teacher), it, y_raised, q, s.teacher.tail, unused);
-    }
-    if (args.wanted & (kForward | kReverse)) {
-      const double shift = static_cast<double>(offset(s.student)) - offset(s.teacher);
-      if (args.wanted & kForward)
-        s.forward += sum_of(FD_BIND(forward_kl_value, 0.0f), x, y, p, q, n, shift, it);
-      if (args.wanted & kReverse)
-        s.reverse += sum_of(FD_BIND(reverse_kl_value, 0.0f), x, y, p, q, n, shift, it);
+      const float y_max = offset(s.teacher),
+                  shift = static_cast<float>((static_cast<double>(x_max) - y_max) * it);
+      const char* y_ahead = address(tile.teacher, row, c + n);
+      const auto sums = [&](auto forward, auto reverse) __attribute__((always_inline)) {
+        return pair_sums(forward, reverse, x, y, p, n, y_max, shift, it, q, y_ahead, width(tile.teacher));
+      };
+      const auto none = [](float, float, float) __attribute__((always_inline)) { return 0.0f; };
+      const auto forward = FD_BIND(forward_kl_value, 0.0f);
+      const auto reverse = FD_BIND(reverse_kl_value, 0.0f);
+      const int32_t which = args.wanted & (kForward | kReverse);
+      const PairSums t = which == kForward   ? sums(forward, none)
+                         : which == kReverse ? sums(none, reverse)
+                         : which             ? sums(forward, reverse)
+                                             : sums(none, none);
+      s.teacher.tail += y_top == y_max ? beside_maximum(y, q, n, y_max, y_raised, false) : t.sum;
+      s.forward += t.forward;
+      s.reverse += t.reverse;
     }
     for (int64_t k = 0; k < tile.labels_per_row; ++k) {
       const int64_t at = tile.labels[row * tile.labels_per_row + k] - tile.first_column - c;
@@ -327,6 +373,7 @@ FD_CLONES void gradient_row(const Gradient& args, int64_t row) {
   for (int64_t k = 0; k < tile.labels_per_row; ++k) label_total += label_gains[k];
   const float c0 = static_cast<float>(c_[0] - label_total);
   const Frame frame(s.student);
+  const float x_max = frame.max, x_norm = frame.log_norm;
   const double log_norm = log_sum(s.student);
   alignas(64) float x_buffer[kChunk], y_buffer[kChunk], p[kChunk], q[kChunk], d[kChunk], dx[kChunk],
       dy[kChunk];
@@ -368,9 +415,8 @@ FD_CLONES void gradient_row(const Gradient& args, int64_t row) {
     }
 #pragma omp simd
     for (int64_t i = 0; i < n; ++i) {
-      const float lp = (x[i] - frame.max) * it - frame.log_norm, pi = exp(lp);
-      const float low = lp > kLowestLog ? lp : kLowestLog;
-      dx[i] += pi * (c0 + low * (c1 + low * c2) + c3 * pi) + c4;
+      const float lp = floored((x[i] - x_max) * it - x_norm), pi = exp_floored(lp);
+      dx[i] += pi * (c0 + lp * (c1 + lp * c2) + c3 * pi) + c4;
     }
     for (const Exact& e : exact) dx[e.at] = e.value;
     store(tile.student, dx, x, n, it, args.student, args.student_offsets[row] + c);

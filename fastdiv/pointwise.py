@@ -11,7 +11,7 @@ textbook term; the addition sums to 0 over the vocabulary and removes the first-
 normalisers.
 
 The text runs as it stands on tensors of any dtype (float64 and autograd check it); `fastdiv.translate` prints it as
-the C++ header `csrc/pointwise.h`.  p = 0 or q = 0 gives the limit, never NaN; p = q = 0 comes with d = 0.
+the C++ header `csrc/pointwise.h`.  p = 0 or q = 0 gives the limit, never NaN; p = q = 0 gives 0 whatever d is.
 """
 
 # mypy: ignore-errors
@@ -46,8 +46,8 @@ def reverse_kl_dlq(d, p, q, a):
 
 
 def jeffreys_value(d, p, q, a):
-    """Term of KL(p || q) + KL(q || p): (p - q) d."""
-    return where(abs(d) < 0.5, q * (d + phi(d)) * d, (p - q) * d)
+    """Term of KL(p || q) + KL(q || p)."""
+    return forward_kl_value(d, p, q, a) + reverse_kl_value(d, p, q, a)
 
 
 def jeffreys_dlp(d, p, q, a):

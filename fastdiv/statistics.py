@@ -38,7 +38,7 @@ STATE = (
 COEFFICIENTS = 6
 """c0 c1 c2 c3 c4 e0; one gain per divergence follows."""
 
-WANTED = {"second": 1, "squares": 2, "sum": 4, "argmax": 8, "forward": 16, "reverse": 32}
+WANTED = {"first": 1, "second": 2, "squares": 4, "sum": 8, "argmax": 16, "forward": 32, "reverse": 64}
 """Sums that cost extra, as the bits of csrc/rows.h."""
 
 
@@ -197,10 +197,10 @@ def _mean_logit_gradient(s: Statistics, g: Tensor, c: Coefficients) -> None:
 
 OUTPUTS = {
     "log_prob": Output(lambda s: s.log_prob, _log_prob_gradient, per_label=True),
-    "entropy": Output(lambda s: s.entropy, _entropy_gradient),
+    "entropy": Output(lambda s: s.entropy, _entropy_gradient, ("first",)),
     "logsumexp": Output(lambda s: s.max * s.inverse_temperature + torch.log1p(s.tail), _logsumexp_gradient),
     "log_sum_sq_probs": Output(lambda s: s.log_sum_sq_probs, _log_sum_sq_probs_gradient, ("squares",)),
-    "varentropy": Output(lambda s: s.varentropy, _varentropy_gradient, ("second",)),
+    "varentropy": Output(lambda s: s.varentropy, _varentropy_gradient, ("first", "second")),
     "max_log_prob": Output(lambda s: -s.log_norm, _max_log_prob_gradient, ("argmax",)),
     "mean_logit": Output(lambda s: s.sum / s.vocabulary * s.inverse_temperature, _mean_logit_gradient, ("sum",)),
     "argmax": Output(lambda s: s.argmax, None, ("argmax",), dtype=torch.int64),

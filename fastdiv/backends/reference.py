@@ -91,8 +91,7 @@ class _Compared:
         self.p = torch.exp(_log_probs(x, state["max"], norm_x, it))
         self.q = torch.exp(_log_probs(y, state["teacher_max"], norm_y, it))
         shift = (state["max"] - state["teacher_max"]).to(x.dtype)[:, None]
-        d = ((x - y) - shift) * it.to(x.dtype)[:, None] - (norm_x - norm_y).to(x.dtype)[:, None]
-        self.d = torch.where((self.p == 0.0) & (self.q == 0.0), 0.0, d)
+        self.d = ((x - y) - shift) * it.to(x.dtype)[:, None] - (norm_x - norm_y).to(x.dtype)[:, None]
 
 
 def _log_probs(x: Tensor, maximum: Tensor, log_norm: Tensor, it: Tensor) -> Tensor:
@@ -145,7 +144,9 @@ class Reference:
                 local = torch.where(x.isnan(), -torch.inf, x).argmax(1) + tile.first_column
                 s["argmax"] = torch.where(grown.raised, local.double(), s["argmax"])
             s["second"] = fade * (s["second"] - 2.0 * a * s["first"] + a * a * total)
-            s["first"] = fade * (s["first"] - a * total) + _sum(_times(grown.p, grown.z))
+            s["first"] = fade * (s["first"] - a * total)
+            if wanted & WANTED["first"]:
+                s["first"] = s["first"] + _sum(_times(grown.p, grown.z))
             if wanted & WANTED["second"]:
                 s["second"] = s["second"] + _sum(_times(_times(grown.p, grown.z), grown.z))
             if wanted & WANTED["squares"]:
@@ -162,7 +163,6 @@ class Reference:
                     b, p, q = taught.shift, grown.p, taught.p
                     shift = _shifted(-_shifted(torch.zeros_like(x[:, :1]), taught.maximum), grown.maximum)
                     d = ((x - y) + shift) * it.to(x.dtype)[:, None]
-                    d = torch.where((p == 0.0) & (q == 0.0), 0.0, d)
                     none = torch.zeros((), dtype=x.dtype, device=x.device)
                     forward = _shift_kl(s["forward"], a, b, total, taught.old_total)
                     reverse = _shift_kl(s["reverse"], b, a, taught.old_total, total)
