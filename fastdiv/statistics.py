@@ -17,7 +17,6 @@ import torch
 from torch import Tensor
 
 from fastdiv.divergences import DIVERGENCES, Divergence
-from fastdiv.language import phi
 from fastdiv.request import Request
 
 STATE = (
@@ -47,10 +46,6 @@ def empty_state(rows: int, device: torch.device) -> Tensor:
     state = torch.zeros(rows, len(STATE), dtype=torch.float64, device=device)
     state[:, [STATE.index("max"), STATE.index("teacher_max")]] = -torch.inf
     return state
-
-
-def _phi(c: Tensor) -> Tensor:
-    return torch.where(c.abs() < 0.5, phi(c), torch.expm1(c) - c)
 
 
 class Statistics:
@@ -111,13 +106,20 @@ class Statistics:
         return shifted - self.log_norm[:, None]
 
     @cached_property
-    def kl(self) -> tuple[Tensor, Tensor]:
-        """(forward, reverse).  The sums were taken with offsets whose normalisers differ by c: each is KL +
-        phi(+-c)."""
-        c = self.log_norm - self.teacher_log_norm
-        forward = self.forward / (1.0 + self.teacher_tail) - _phi(c)
-        reverse = self.reverse / (1.0 + self.tail) - _phi(-c)
-        return forward.clamp(min=0.0), reverse.clamp(min=0.0)
+    def offset(self) -> Tensor:
+        """c: the offsets that `forward` and `reverse` were summed with have normalisers that differ by c, so each sum,
+        normalised, is KL + phi(+-c).  In float64 phi may be formed by subtraction: its error is about 1e-16 c."""
+        return self.log_norm - self.teacher_log_norm
+
+    @cached_property
+    def forward_kl(self) -> Tensor:
+        phi = torch.expm1(self.offset) - self.offset
+        return (self.forward / (1.0 + self.teacher_tail) - phi).clamp(min=0.0)
+
+    @cached_property
+    def reverse_kl(self) -> Tensor:
+        phi = torch.expm1(-self.offset) + self.offset
+        return (self.reverse / (1.0 + self.tail) - phi).clamp(min=0.0)
 
     def divergence(self, divergence: Divergence, sums: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         """Sums over the vocabulary of (value, dlp, dlq); `sums` [rows, 3] where a second look took them."""
@@ -125,11 +127,10 @@ class Statistics:
             assert sums is not None
             value, dlp, dlq = sums.unbind(1)
             return value, dlp, dlq
-        forward, reverse = self.kl
         f, r = divergence.one_pass
-        # A weight of 0 leaves an infinite part out.
-        zero = torch.zeros_like(forward)
-        f_part, r_part = (f * forward if f else zero), (r * reverse if r else zero)
+        # A part that does not belong is left out, not multiplied by 0: it may be infinite.
+        f_part = f * self.forward_kl if f else torch.zeros_like(self.tail)
+        r_part = r * self.reverse_kl if r else torch.zeros_like(self.tail)
         return f_part + r_part, r_part, f_part
 
 
