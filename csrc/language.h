@@ -20,7 +20,7 @@ constexpr float kFloor = -88.0f;
 FD_INLINE float floored(float x) { return x < kFloor ? kFloor : x; }
 
 // exp(x) for kFloor <= x <= 88: 2^n e^r, |r| <= ln2 / 2, n + 127 read from the mantissa of x log2(e) + 1.5 *
-// 2^23 + 127. Exactly 0 where n = -127, so below -87.7; NaN stays NaN.  Error below 1.5 ulp.
+// 2^23 + 127. Exactly 0 where n = -127, so below -87.7; NaN stays NaN.  Error below 2 ulp.
 FD_INLINE float exp_floored(float x) {
   constexpr float kShift = 12582912.0f + 127.0f;
   const float shifted = x * 1.44269504f + kShift;
@@ -64,7 +64,7 @@ FD_INLINE float phi(float d) {
   return d * d * p;
 }
 
-// u - log(1 + u) for |u| <= 0.5, by log(1 + u) = 2 atanh(s), s = u / (2 + u).
+// u - log(1 + u) for -0.5 <= u <= 0.65, by log(1 + u) = 2 atanh(s), s = u / (2 + u).
 FD_INLINE float psi(float u) {
   const float s = u / (2.0f + u);
   const float t = s * s;

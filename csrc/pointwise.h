@@ -47,7 +47,7 @@ FD_INLINE float jeffreys_dlq(float d, float p, float q, float a) {
 FD_INLINE float log_mixture_over_p(float d, float a) {
   const float w = (a * (phi(-d) - d));
   const float far = (log(((d > 0.0f ? (1.0f - a) : a) + ((d > 0.0f ? a : (1.0f - a)) * exp(-abs(d))))) - (d > 0.0f ? 0.0f : d));
-  return (abs(d) < 0.25f ? (w - psi(w)) : far);
+  return (abs(d) < 0.5f ? (w - psi(w)) : far);
 }
 
 FD_INLINE float log_mixture_over_q(float d, float a) {
@@ -59,7 +59,7 @@ FD_INLINE float js_value(float d, float p, float q, float a) {
   const float w = (a * (phi(-d) - d));
   const float far_q = (q > 0.0f ? (q * log_mixture_over_q(d, a)) : 0.0f);
   const float far_p = (p > 0.0f ? (p * log_mixture_over_p(d, a)) : 0.0f);
-  return (abs(d) < 0.25f ? (((a * q) * psi(u)) + (((1.0f - a) * p) * psi(w))) : ((-a * far_q) - ((1.0f - a) * far_p)));
+  return (abs(d) < 0.5f ? (((a * q) * psi(u)) + (((1.0f - a) * p) * psi(w))) : ((-a * far_q) - ((1.0f - a) * far_p)));
 }
 
 FD_INLINE float js_dlp(float d, float p, float, float a) {

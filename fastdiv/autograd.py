@@ -6,11 +6,39 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from fastdiv import engine, library
 from fastdiv.request import Request
 from fastdiv.statistics import differentiable
+
+
+class _Final(torch.autograd.Function):
+    """(gradient, something that requires one) -> the gradient, which cannot be differentiated again.
+
+    `once_differentiable` alone lets the gradient of a plain sum pass for a constant, so that a penalty on it would be
+    silently wrong: it looks at what flows in, which requires no gradient there, not at the inputs, which do.
+    """
+
+    @staticmethod
+    def forward(gradient: Tensor, anchor: Tensor) -> Tensor:
+        return gradient.view_as(gradient)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Tensor) -> Any:
+        raise RuntimeError(
+            "fastdiv: second derivatives are not available; detach() the gradient if it is a constant to you"
+        )
+
+
+def _final(gradients: list[Tensor | None], anchor: Tensor) -> tuple[Tensor | None, ...]:
+    """What a backward returns; with create_graph=True it must not pass for a constant."""
+    if not torch.is_grad_enabled():
+        return tuple(gradients)
+    return tuple(None if g is None else _Final.apply(g, anchor) for g in gradients)  # type: ignore[no-untyped-call]
 
 
 class TokenStatistics(torch.autograd.Function):
@@ -38,7 +66,6 @@ class TokenStatistics(torch.autograd.Function):
         ctx.save_for_backward(state, compared, labels, mask, temperature, *tensors)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
         state, compared, labels, mask, temperature, *tensors = ctx.saved_tensors
         given = [(n, g) for n, g in zip(ctx.request.outputs, upstream[:-2], strict=True) if g is not None]
@@ -46,8 +73,8 @@ class TokenStatistics(torch.autograd.Function):
         nothing = (None,) * 5
         if not given or not any(needs):
             return nothing + (None,) * len(tensors)
-        gradients = iter(
-            torch.ops.fastdiv.grad(
+        with torch.no_grad():
+            formed = torch.ops.fastdiv.grad(
                 [g for _, g in given],
                 ",".join(n for n, _ in given),
                 needs,
@@ -60,8 +87,9 @@ class TokenStatistics(torch.autograd.Function):
                 temperature,
                 *library.arguments(ctx.request),
             )
-        )
-        return nothing + tuple(next(gradients) if need else None for need in needs)
+        gradients = iter(formed)
+        anchor = tensors[needs.index(True)]
+        return nothing + _final([next(gradients) if need else None for need in needs], anchor)
 
 
 class LinearLoss(torch.autograd.Function):
@@ -88,7 +116,7 @@ class LinearLoss(torch.autograd.Function):
         return total
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
-        gradients = (None if g is None else g * upstream for g in ctx.saved_tensors)
-        return (None,) * 6 + tuple(gradients)
+        with torch.no_grad():
+            gradients = [None if g is None else g * upstream for g in ctx.saved_tensors]
+        return (None,) * 6 + _final(gradients, torch.zeros((), device=upstream.device, requires_grad=True))

@@ -4,7 +4,7 @@
 
 `phi(d) = exp(d) - 1 - d` and `psi(u) = u - log(1 + u)` are what every f-divergence is made of near equality: both are
 non-negative and of second order, so they must not be formed by subtraction.  Each is a polynomial, valid for
-|argument| <= 0.5, with as many terms as the dtype needs.
+the arguments they are given there, with as many terms as the dtype needs.
 """
 
 from __future__ import annotations
@@ -45,7 +45,8 @@ def phi(d: Tensor) -> Tensor:
 
 
 def psi(u: Tensor) -> Tensor:
-    """u - log(1 + u) for |u| <= 0.5, by log(1 + u) = 2 atanh(s), s = u / (2 + u): s (u - 2 s^2 (1/3 + s^2/5 + ...))."""
+    """u - log(1 + u) for -0.5 <= u <= 0.65: with s = u / (2 + u), log(1 + u) = 2 atanh(s) and
+    psi = s (u - 2 s^2 (1/3 + s^2/5 + ...))."""
     terms = 18 if u.dtype == torch.float64 else 8
     s = u / (2.0 + u)
     t = s * s

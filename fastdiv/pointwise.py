@@ -62,7 +62,7 @@ def log_mixture_over_p(d, a):
     """log(m / p), m = a q + (1 - a) p: log1p(a (1/r - 1)) with r = p / q = exp(d)."""
     w = a * (phi(-d) - d)
     far = log(where(d > 0.0, 1.0 - a, a) + where(d > 0.0, a, 1.0 - a) * exp(-abs(d))) - where(d > 0.0, 0.0, d)
-    return where(abs(d) < 0.25, w - psi(w), far)
+    return where(abs(d) < 0.5, w - psi(w), far)
 
 
 def log_mixture_over_q(d, a):
@@ -76,7 +76,7 @@ def js_value(d, p, q, a):
     w = a * (phi(-d) - d)
     far_q = where(q > 0.0, q * log_mixture_over_q(d, a), 0.0)
     far_p = where(p > 0.0, p * log_mixture_over_p(d, a), 0.0)
-    return where(abs(d) < 0.25, a * q * psi(u) + (1.0 - a) * p * psi(w), -a * far_q - (1.0 - a) * far_p)
+    return where(abs(d) < 0.5, a * q * psi(u) + (1.0 - a) * p * psi(w), -a * far_q - (1.0 - a) * far_p)
 
 
 def js_dlp(d, p, q, a):

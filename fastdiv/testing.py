@@ -55,6 +55,7 @@ def compare(
     exact: Tensor,
     *,
     neighbours: Iterable[tuple[Tensor, Tensor]] = (),
+    size: float = 0.0,
     factor: float = FACTOR,
     ulps: float = ULPS,
 ) -> Comparison:
@@ -68,6 +69,7 @@ def compare(
         exact: the same formula in float64.
         neighbours: more pairs (plain, exact), from inputs of the same kind.  Plain torch may be exact by luck on one
             small input; the worst of its errors counts.
+        size: of the terms that cancel in the result; their ulp counts where it is above that of max |exact|.
         factor, ulps: the rule's two numbers.
 
     Returns:
@@ -94,7 +96,7 @@ def compare(
     if not finite.any():
         return Comparison(True, "nothing finite to compare")
     info = torch.finfo(got.dtype)
-    size = torch.where(finite, exact, 0.0).abs().max().item()
+    size = max(size, torch.where(finite, exact, 0.0).abs().max().item())
     ulp = max(info.eps * size, info.smallest_normal * info.eps)
     error = _worst(got, exact)
     own = max(_worst(*pair) for pair in ((plain, exact), *neighbours))

@@ -66,12 +66,12 @@ class Given:
             self._gradient = make(self._tensor.shape, dtype=self._tensor.dtype, device=self._tensor.device)
 
     def tile(self, rows: slice, columns: slice) -> Rows:
-        return Rows(self._tensor[..., columns], self._index[rows], self._transform)
+        return Rows(torch.atleast_2d(self._tensor)[..., columns], self._index[rows], self._transform)
 
     def target(self, rows: slice, columns: slice) -> Rows | None:
         if self._gradient is None:
             return None
-        return Rows(self._gradient[..., columns], self._index[rows], self._transform)
+        return Rows(torch.atleast_2d(self._gradient)[..., columns], self._index[rows], self._transform)
 
     def absorb(self, rows: slice, columns: slice) -> None:
         """The gradient was written in place."""

@@ -45,8 +45,8 @@ class _Cpp(ast.NodeVisitor):
     """One expression of the pointwise language as C++ text."""
 
     def generic_visit(self, node: ast.AST) -> str:
-        where = f"line {getattr(node, 'lineno', '?')}"
-        raise SyntaxError(f"pointwise, {where}: {type(node).__name__} is outside the pointwise language")
+        line = getattr(node, "lineno", "?")
+        raise SyntaxError(f"pointwise, line {line}: {ast.unparse(node)!r} is outside the pointwise language")
 
     def visit_Name(self, node: ast.Name) -> str:
         return node.id
@@ -62,11 +62,11 @@ class _Cpp(ast.NodeVisitor):
         return f"-{self.visit(node.operand)}"
 
     def visit_BinOp(self, node: ast.BinOp) -> str:
-        operator = _OPERATORS.get(type(node.op)) or self.generic_visit(node.op)
+        operator = _OPERATORS.get(type(node.op)) or self.generic_visit(node)
         return f"({self.visit(node.left)} {operator} {self.visit(node.right)})"
 
     def visit_Compare(self, node: ast.Compare) -> str:
-        operator = _OPERATORS.get(type(node.ops[0])) or self.generic_visit(node.ops[0])
+        operator = _OPERATORS.get(type(node.ops[0])) or self.generic_visit(node)
         return f"{self.visit(node.left)} {operator} {self.visit(node.comparators[0])}"
 
     def visit_Call(self, node: ast.Call) -> str:

@@ -1,0 +1,192 @@
+"""A benchmark case: its inputs, its contestants, its floor, and how they are run, compared and timed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from .floors import Floor
+from .timing import Meter, interleave, wall_seconds
+
+Tensors = dict[str, Tensor]
+Contestant = Callable[..., Tensors]
+"""From a case's inputs, by name, to its outputs; "loss" is what the gradient is taken of."""
+EAGER, COMPILE, FASTDIV, FLOOR = "eager", "torch.compile", "fastdiv", "floor"
+# Of a tensor's largest magnitude.  Plain torch in float32 is what is inexact: its js gradient at 512 x 49152 is 3e-4
+# off, as float64 shows, and fastdiv's 6e-6.
+_TOLERANCE = 1e-3
+
+
+class Disagreement(RuntimeError):
+    """A contestant computed something else, so its time means nothing."""
+
+
+class Unavailable(RuntimeError):
+    """A contestant cannot run on this machine."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the command line chose for all cases."""
+
+    scale: str = "full"
+    rounds: int | None = None
+    compile: bool = True
+    memory: bool = True
+
+
+@dataclass
+class Result:
+    """What one case gave."""
+
+    shape: dict[str, int]
+    timed: str
+    floor: str
+    choices: list[str]
+    """The fastest way to run each pass of the floor."""
+    times: dict[str, list[float]]
+    """Seconds per round, of the floor and of each contestant."""
+    amount: float | None = None
+    unit: str = ""
+    absent: dict[str, str] = field(default_factory=dict)
+    """Why a contestant is missing."""
+    memory: dict[str, dict[str, int]] = field(default_factory=dict)
+    """Per contestant, bytes: "peak" beyond the inputs; "results", held by outputs and gradients at the end."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """One work for several contestants.
+
+    Arguments:
+        name: unique within its file.
+        shape: sizes, for the report.
+        make: builds the inputs, always the same ones.
+        contestants: by name; `standard` gives the usual three.
+        floor: what the work costs at least.
+        timed: "forward" (without autograd), "backward", or "forward + backward".
+        gradients: names of the inputs whose gradient is asked for.
+        rounds: how often each contestant is timed, unless the command line says.
+    """
+
+    name: str
+    shape: dict[str, int]
+    make: Callable[[], Tensors]
+    contestants: Mapping[str, Contestant]
+    floor: Floor
+    timed: Literal["forward", "backward", "forward + backward"]
+    gradients: tuple[str, ...]
+    rounds: int
+
+    def inputs(self) -> Tensors:
+        tensors = self.make()
+        for name in self.gradients:
+            tensors[name].requires_grad_()
+        return tensors
+
+    def execute(self, contestant: Contestant, inputs: Tensors, meter: Meter) -> tuple[float, Tensors]:
+        """The contestant once: what `meter` says about the timed part, and all outputs and gradients."""
+
+        def forward() -> Tensors:
+            return contestant(**inputs)
+
+        def backward(outputs: Tensors) -> Tensors:
+            gradients = torch.autograd.grad(outputs["loss"], [inputs[name] for name in self.gradients])
+            named = zip(self.gradients, gradients, strict=True)
+            return {key: value.detach() for key, value in outputs.items()} | {f"d_{name}": g for name, g in named}
+
+        if self.timed == "forward":
+            with torch.no_grad():
+                return meter(forward)
+        if self.timed == "backward":
+            outputs = forward()
+            return meter(lambda: backward(outputs))
+        return meter(lambda: backward(forward()))
+
+    def run(self, settings: Settings) -> Result:
+        """Warms up, checks that all contestants agree, chooses the floor, and times all of them in interleaved rounds.
+
+        Raises:
+            Disagreement: a contestant's result differs from eager torch's.
+        """
+        inputs = self.inputs()
+        contestants = dict(self.contestants)
+        absent: dict[str, str] = {}
+        if COMPILE in contestants and not settings.compile:
+            del contestants[COMPILE]
+            absent[COMPILE] = "switched off"
+        results = {}
+        for name in list(contestants):
+            try:
+                results[name] = self.execute(contestants[name], inputs, wall_seconds)[1]
+            except Unavailable as error:
+                absent[name] = str(error)
+                del contestants[name]
+        check_agreement(self.name, results)
+        results.clear()
+        floor, choices = self.floor.fastest(inputs, wall_seconds)
+        measures: dict[str, Callable[[], float]] = {FLOOR: lambda: wall_seconds(floor)[0]}
+        for name, contestant in contestants.items():
+            measures[name] = lambda c=contestant: self.execute(c, inputs, wall_seconds)[0]  # type: ignore[misc]
+        times = interleave(measures, settings.rounds or self.rounds)
+        return Result(
+            self.shape,
+            self.timed,
+            self.floor.name,
+            choices,
+            times,
+            self.floor.amount,
+            self.floor.unit,
+            absent,
+        )
+
+
+def standard(eager: Contestant, ours: Contestant) -> dict[str, Contestant]:
+    """Eager torch, the same function under torch.compile, and fastdiv."""
+    return {EAGER: eager, COMPILE: compiled(eager), FASTDIV: ours}
+
+
+def compiled(function: Contestant) -> Contestant:
+    """`function` compiled as a whole for its exact shapes, at its first call."""
+    built: list[Contestant] = []
+
+    def call(**inputs: Tensor) -> Tensors:
+        from torch._dynamo.exc import TorchDynamoException  # seconds to import: only where it is wanted
+
+        if not built:
+            torch.compiler.reset()  # no case inherits another one's recompilations
+            built.append(torch.compile(function, dynamic=False))
+        try:
+            return built[0](**inputs)
+        except TorchDynamoException as error:
+            raise Unavailable(" ".join(str(error).split())[:300]) from error
+
+    return call
+
+
+def check_agreement(case: str, results: Mapping[str, Tensors]) -> None:
+    """Raises `Disagreement` unless every contestant's outputs and gradients are those of the first one.
+
+    The largest difference may be 1e-3 of the tensor's largest magnitude; NaN never agrees.
+    """
+    reference, expected = next(iter(results.items()))
+    for name, tensors in results.items():
+        if tensors.keys() != expected.keys():
+            raise Disagreement(f"{case}: {name} computes {sorted(tensors)}, {reference} {sorted(expected)}")
+        for key, tensor in tensors.items():
+            want, what = expected[key], f"{case}: {key} of {name}"
+            if tensor.shape != want.shape:
+                shapes = f"{tuple(tensor.shape)}, not {tuple(want.shape)} as that of {reference}"
+                raise Disagreement(f"{what} has shape {shapes}")
+            error, size = float((tensor - want).abs().max()), float(want.abs().max())
+            if not error <= _TOLERANCE * size:
+                raise Disagreement(f"{what} is off that of {reference} by {error:.3g}, its largest is {size:.3g}")
+
+
+def generator() -> torch.Generator:
+    """The same numbers in every process."""
+    return torch.Generator().manual_seed(0)

@@ -1,0 +1,50 @@
+"""The header that the compiled backends read is the one that `fastdiv.pointwise` prints."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+from fastdiv import translate
+
+HEADER = Path(__file__).parents[1] / "csrc" / "pointwise.h"
+
+
+def test_the_checked_in_header_is_current() -> None:
+    assert HEADER.read_text() == translate.header(), "run: python -m fastdiv.translate > csrc/pointwise.h"
+
+
+def _print(text: str) -> str:
+    (function,) = ast.parse(text).body
+    assert isinstance(function, ast.FunctionDef)
+    return translate._function(function)
+
+
+def test_a_function_prints_as_cpp() -> None:
+    text = 'def f(d, p, q, a):\n    """Words."""\n    x = exp(-d) * 2.0\n    return where(x > p, x / 0.5, q)\n'
+    assert _print(text) == (
+        "FD_INLINE float f(float d, float p, float q, float) {\n"
+        "  const float x = (exp(-d) * 2.0f);\n"
+        "  return (x > p ? (x / 0.5f) : q);\n"
+        "}"
+    )
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        "return d ** 2.0",
+        "return d if p > q else q",
+        "return d + 1",
+        "return not d",
+        "return math.exp(d)",
+        "return d == p",
+        "d += 1.0",
+        "for x in d: pass",
+    ],
+)
+def test_what_is_outside_the_language_is_refused(body: str) -> None:
+    with pytest.raises(SyntaxError, match=r"line 2: .* is outside the pointwise language"):
+        _print(f"def f(d, p, q, a):\n    {body}\n")
