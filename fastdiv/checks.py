@@ -64,9 +64,9 @@ def source(operator: str, argument: str, value: object) -> Source:
         )
     if value.shape[-1] == 0:
         raise ValueError(f"{operator}: {argument} has an empty vocabulary, shape {list(value.shape)}")
-    if not math.isfinite(value.scale):
+    if not -math.inf < value.scale < math.inf:
         raise ValueError(f"{operator}: {argument}.scale must be finite, got {value.scale!r}")
-    if value.softcap is not None and not (math.isfinite(value.softcap) and value.softcap > 0.0):
+    if value.softcap is not None and not 0.0 < value.softcap < math.inf:
         raise ValueError(f"{operator}: {argument}.softcap must be a positive number or None, got {value.softcap!r}")
     return value
 
@@ -135,7 +135,7 @@ def temperature(operator: str, student: Source, value: object) -> tuple[float, T
         raise TypeError(f"{operator}: temperature must be a number or a tensor [*], got a 0-dim tensor; use .item()")
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{operator}: temperature must be a number or a tensor [*], got {describe(value)}")
-    if not (math.isfinite(value) and value > 0.0):
+    if not 0.0 < value < math.inf:  # a comparison, unlike isfinite, is one that torch.compile can trace
         raise ValueError(f"{operator}: temperature must be finite and above 0, got {value!r}")
     return float(value), None
 

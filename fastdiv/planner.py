@@ -29,6 +29,12 @@ def _slices(total: int, step: int) -> list[slice]:
     return [slice(start, min(start + step, total)) for start in range(0, total, step)]
 
 
+def _evenly(total: int, largest: int) -> int:
+    """A step of at most `largest` that leaves no small rest."""
+    largest = max(largest, 1)
+    return -(-total // -(-total // largest)) if total else 1
+
+
 def plan(rows: int, vocabulary: int, projected: int, itemsize: int, workspace: int, full_rows: bool) -> Plan:
     """The tile for `projected` sides (0, 1 or 2) whose logits must be formed, within `workspace` bytes for all of them.
 
@@ -39,8 +45,8 @@ def plan(rows: int, vocabulary: int, projected: int, itemsize: int, workspace: i
         return Plan(max(rows, 1), vocabulary)
     budget = max(workspace // (itemsize * projected), 1)
     if full_rows:
-        return Plan(max(1, min(rows, budget // vocabulary)), vocabulary)
+        return Plan(_evenly(rows, budget // vocabulary), vocabulary)
     narrowest = min(_NARROWEST, vocabulary)
-    tile_rows = max(1, min(rows, budget // narrowest))
+    tile_rows = _evenly(rows, budget // narrowest)
     columns = max(narrowest, min(_TILE, budget) // tile_rows // 64 * 64)
     return Plan(tile_rows, min(columns, vocabulary))

@@ -38,9 +38,7 @@ def tree(tmp_path: Path) -> Path:
 def run(*command: str, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
     clean = {name: value for name, value in os.environ.items() if name not in ("CXX", "FASTDIV_BUILD")}
     words = [sys.executable, *command]
-    return subprocess.run(
-        words, cwd=cwd, env=clean | environment, capture_output=True, text=True, timeout=300
-    )
+    return subprocess.run(words, cwd=cwd, env=clean | environment, capture_output=True, text=True, timeout=300)
 
 
 def build_ext(tree: Path, **environment: str) -> subprocess.CompletedProcess[str]:

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import logging
 import os
-from functools import cache
 from typing import Protocol
 
 import torch
@@ -59,9 +58,18 @@ NAMES = ("native", "reference")
 """Every backend, the preferred one first."""
 
 
-@cache
+# Not functools.cache, which torch.compile does not see through.
+_LOADED: dict[str, Backend | str] = {}
+
+
 def _load(name: str) -> Backend | str:
     """The backend, or why it is absent."""
+    if name not in _LOADED:
+        _LOADED[name] = _import(name)
+    return _LOADED[name]
+
+
+def _import(name: str) -> Backend | str:
     if name == "reference":
         from fastdiv.backends.reference import Reference
 
@@ -69,9 +77,7 @@ def _load(name: str) -> Backend | str:
     try:
         from fastdiv.backends.native import Native
     except ImportError as error:
-        return (
-            f"fastdiv._C is not built or does not load ({error}); reinstall with FASTDIV_BUILD=cpu and a C++ compiler"
-        )
+        return f"fastdiv._C is not built or does not load ({error}); reinstall with FASTDIV_BUILD=cpu and a C++ compiler"
     return Native()
 
 
