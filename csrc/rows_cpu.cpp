@@ -54,6 +54,10 @@ FD_INLINE const char* address(const Logits& side, int64_t row, int64_t column) {
   return static_cast<const char*>(side.data) + (side.offsets[row] + column) * width(side);
 }
 
+FD_INLINE void prefetch(const char* from, int64_t bytes) {
+  for (int64_t line = 0; line < bytes; line += 64) __builtin_prefetch(from + line);
+}
+
 // Transformed logits of one chunk: the tensor's own memory where there is nothing to transform, else
 // `buffer`.
 FD_INLINE const float* chunk(const Logits& side, int64_t row, int64_t column, int64_t n, float* buffer) {
@@ -101,7 +105,7 @@ FD_INLINE Moments exponentials(const float* x, int64_t n, float max, float it, f
   float sum = 0.0f, first = 0.0f;
   for (int64_t begin = 0; begin < n; begin += kBlock) {
     const int64_t end = std::min(begin + kBlock, n);
-    for (int64_t line = begin * width; line < end * width; line += 64) __builtin_prefetch(ahead + line);
+    prefetch(ahead + begin * width, (end - begin) * width);
 #pragma omp simd reduction(+ : sum, first)
     for (int64_t i = begin; i < end; ++i) {
       const float z = floored((x[i] - max) * it), p = exp_floored(z);
@@ -125,16 +129,15 @@ struct PairSums {
 // log p - log q is off by a constant that fastdiv/statistics.py takes out.
 template <typename F, typename R>
 FD_INLINE PairSums pair_sums(F forward_term, R reverse_term, const float* x, const float* y, const float* p,
-                             int64_t n, float y_max, float shift, float it, float* q, const char* ahead,
+                             int64_t n, float y_max, float shift, float it, const char* ahead,
                              int64_t width) {
   float sum = 0.0f, forward = 0.0f, reverse = 0.0f;
   for (int64_t begin = 0; begin < n; begin += kBlock) {
     const int64_t end = std::min(begin + kBlock, n);
-    for (int64_t line = begin * width; line < end * width; line += 64) __builtin_prefetch(ahead + line);
+    prefetch(ahead + begin * width, (end - begin) * width);
 #pragma omp simd reduction(+ : sum, forward, reverse)
     for (int64_t i = begin; i < end; ++i) {
       const float pi = p[i], qi = exp((y[i] - y_max) * it), d = (x[i] - y[i]) * it - shift;
-      q[i] = qi;
       sum += qi;
       forward += forward_term(d, pi, qi);
       reverse += reverse_term(d, pi, qi);
@@ -237,6 +240,33 @@ FD_INLINE void add_gradients(int32_t number, float a, float gain, const float* d
   }
 }
 
+// What does not depend on the teacher: p (c0 + c1 lp + c2 lp^2 + c3 p) + c4, written, or added where `p` is
+// given.
+FD_INLINE void polynomial(const float* x, int64_t n, const Frame& frame, float it, float c0, const float* c,
+                          const float* p, float* dx) {
+  const float max = frame.max, norm = frame.log_norm, c1 = c[1], c2 = c[2], c3 = c[3], c4 = c[4];
+  const bool flat = c1 == 0.0f && c2 == 0.0f && c3 == 0.0f && c4 == 0.0f;
+  if (p && flat) {
+#pragma omp simd
+    for (int64_t i = 0; i < n; ++i) dx[i] += c0 * p[i];
+  } else if (p) {
+#pragma omp simd
+    for (int64_t i = 0; i < n; ++i) {
+      const float lp = floored((x[i] - max) * it - norm);
+      dx[i] += p[i] * (c0 + lp * (c1 + lp * c2) + c3 * p[i]) + c4;
+    }
+  } else if (flat) {
+#pragma omp simd
+    for (int64_t i = 0; i < n; ++i) dx[i] = c0 * exp((x[i] - max) * it - norm);
+  } else {
+#pragma omp simd
+    for (int64_t i = 0; i < n; ++i) {
+      const float lp = floored((x[i] - max) * it - norm), pi = exp_floored(lp);
+      dx[i] = pi * (c0 + lp * (c1 + lp * c2) + c3 * pi) + c4;
+    }
+  }
+}
+
 // Back through t(x): out = g * dt/dx / temperature, and exactly 0 where the logit is -inf.
 template <typename T>
 FD_INLINE void store(const float* g, const float* t, int64_t n, float it, float scale, float softcap,
@@ -311,7 +341,7 @@ FD_CLONES void accumulate_row(const Accumulate& args, int64_t row) {
                   shift = static_cast<float>((static_cast<double>(x_max) - y_max) * it);
       const char* y_ahead = address(tile.teacher, row, c + n);
       const auto sums = [&](auto forward, auto reverse) __attribute__((always_inline)) {
-        return pair_sums(forward, reverse, x, y, p, n, y_max, shift, it, q, y_ahead, width(tile.teacher));
+        return pair_sums(forward, reverse, x, y, p, n, y_max, shift, it, y_ahead, width(tile.teacher));
       };
       const auto none = [](float, float, float) __attribute__((always_inline)) { return 0.0f; };
       const auto forward = FD_BIND(forward_kl_value, 0.0f);
@@ -321,7 +351,12 @@ FD_CLONES void accumulate_row(const Accumulate& args, int64_t row) {
                          : which == kReverse ? sums(none, reverse)
                          : which             ? sums(forward, reverse)
                                              : sums(none, none);
-      s.teacher.tail += y_top == y_max ? beside_maximum(y, q, n, y_max, y_raised, false) : t.sum;
+      if (y_top == y_max) {
+        exponentials<false>(y, n, y_max, it, q, y_ahead, 0);
+        s.teacher.tail += beside_maximum(y, q, n, y_max, y_raised, false);
+      } else {
+        s.teacher.tail += t.sum;
+      }
       s.forward += t.forward;
       s.reverse += t.reverse;
     }
@@ -373,7 +408,6 @@ FD_CLONES void gradient_row(const Gradient& args, int64_t row) {
   for (int64_t k = 0; k < tile.labels_per_row; ++k) label_total += label_gains[k];
   const float c0 = static_cast<float>(c_[0] - label_total);
   const Frame frame(s.student);
-  const float x_max = frame.max, x_norm = frame.log_norm;
   const double log_norm = log_sum(s.student);
   alignas(64) float x_buffer[kChunk], y_buffer[kChunk], p[kChunk], q[kChunk], d[kChunk], dx[kChunk],
       dy[kChunk];
@@ -382,9 +416,11 @@ FD_CLONES void gradient_row(const Gradient& args, int64_t row) {
     const int64_t n = std::min(kChunk, tile.columns - c);
     const float* x = chunk(tile.student, row, c, n, x_buffer);
     const float* y = pair ? chunk(tile.teacher, row, c, n, y_buffer) : nullptr;
-    std::fill(dx, dx + n, 0.0f);
+    prefetch(address(tile.student, row, c + n), n * width(tile.student));
     if (pair) {
+      prefetch(address(tile.teacher, row, c + n), n * width(tile.teacher));
       compare(x, y, n, s, it, p, q, d);
+      std::fill(dx, dx + n, 0.0f);
       if (args.teacher) {
 #pragma omp simd
         for (int64_t i = 0; i < n; ++i) dy[i] = e0 * q[i];
@@ -410,14 +446,10 @@ FD_CLONES void gradient_row(const Gradient& args, int64_t row) {
       for (int64_t j = 0; j < tile.labels_per_row; ++j) same += labels[j] == labels[k] ? label_gains[j] : 0.0;
       const double lp = (static_cast<double>(x[at]) - s.student.max) * it - log_norm, pd = std::exp(lp);
       const double poly = pd == 0.0 ? 0.0 : pd * (c_[0] + lp * (c1 + lp * c2) + c3 * pd);
-      exact.push_back(
-          {at, static_cast<float>(dx[at] + poly + c4 - same * std::expm1(lp) - (label_total - same) * pd)});
+      exact.push_back({at, static_cast<float>((pair ? dx[at] : 0.0f) + poly + c4 - same * std::expm1(lp) -
+                                              (label_total - same) * pd)});
     }
-#pragma omp simd
-    for (int64_t i = 0; i < n; ++i) {
-      const float lp = floored((x[i] - x_max) * it - x_norm), pi = exp_floored(lp);
-      dx[i] += pi * (c0 + lp * (c1 + lp * c2) + c3 * pi) + c4;
-    }
+    polynomial(x, n, frame, it, c0, c_, pair ? p : nullptr, dx);
     for (const Exact& e : exact) dx[e.at] = e.value;
     store(tile.student, dx, x, n, it, args.student, args.student_offsets[row] + c);
   }
