@@ -29,6 +29,8 @@ class Rows:
 
     def offsets(self) -> Tensor:
         """[rows] int64: the first element of each row, in elements from the tensor's first: no layout needs a copy."""
+        if self.tensor.dim() == 2:
+            return self.index * self.tensor.stride(0)
         rest, offsets = self.index, torch.zeros_like(self.index)
         for size, stride in zip(reversed(self.tensor.shape[:-1]), reversed(self.tensor.stride()[:-1]), strict=True):
             offsets = offsets + rest % size * stride

@@ -1,0 +1,173 @@
+"""The custom operators tell the truth about themselves, and torch.compile swallows the public ones whole."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+import torch
+from cases import DIVERGENCES, MODEL_OUTPUTS, head
+from torch import Tensor
+
+import fastdiv
+from fastdiv import library
+from fastdiv.ops.call import prepare
+from fastdiv.testing import assert_bitwise_equal
+
+# torch.compile itself does what torch warns of.
+pytestmark = pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+
+OUTPUTS = (*MODEL_OUTPUTS, "argmax", "is_top1", "rank")
+
+
+def arguments(
+    student: Any, labels: Tensor | None, teacher: Any, outputs: tuple[str, ...], backend: str
+) -> tuple[Any, ...]:
+    """What the public operators hand to `fastdiv::stats`."""
+    call = prepare(
+        "test",
+        student,
+        labels,
+        teacher,
+        outputs,
+        parameters={"beta": None},
+        temperature=0.9,
+        mask=None,
+        ignore_index=-100,
+        backend=backend,
+        workspace=None,
+    )
+    own, other = list(call.tensors[: call.students]), list(call.tensors[call.students :])
+    return (own, other, call.labels, call.mask, call.temperature, *library.arguments(call.request))
+
+
+def cases(rows: int, backend: str) -> dict[str, tuple[Any, ...]]:
+    hidden, weight, bias = (t.detach() for t in head(rows, 11, 4))
+    x, y = torch.randn(rows, 11), torch.randn(rows, 11, dtype=torch.bfloat16)
+    labels = torch.arange(rows)
+    own = fastdiv.LinearLogits(hidden, weight, bias)
+    return {
+        "logits": arguments(x, labels, None, OUTPUTS, backend),
+        "several labels": arguments(y, labels[:, None].expand(rows, 3), None, ("rank", "log_prob"), backend),
+        "hidden": arguments(own, labels, None, OUTPUTS, backend),
+        "two models": arguments(x, None, y, DIVERGENCES, backend),
+        "mixed": arguments(own, labels, x, ("log_prob", "js"), backend),
+    }
+
+
+@pytest.mark.parametrize("rows", [0, 3])
+@pytest.mark.parametrize("case", ["logits", "several labels", "hidden", "two models", "mixed"])
+def test_opcheck(backend: str, case: str, rows: int) -> None:
+    given = cases(rows, backend)[case]
+    torch.library.opcheck(torch.ops.fastdiv.stats.default, given)
+    *outputs, state, compared = torch.ops.fastdiv.stats(*given)
+    names = given[5].split(",")
+    flowing = [(n, o) for n, o in zip(names, outputs, strict=True) if o.is_floating_point()]
+    upstream = [torch.randn_like(o) for _, o in flowing]
+    needs = [True] * len(given[0]) + [True] * len(given[1])
+    for wanted in (needs, [*needs[1:], False]):
+        backward = (upstream, ",".join(n for n, _ in flowing), wanted, state, compared, *given)
+        torch.library.opcheck(torch.ops.fastdiv.grad.default, backward)
+
+
+def compiled(function: Callable[..., Tensor], backend: str) -> Callable[..., Tensor]:
+    torch._dynamo.reset()
+    return torch.compile(function, fullgraph=True, backend=backend)
+
+
+def same_as_eager(
+    function: Callable[..., Tensor], batches: Sequence[Sequence[Tensor]], backend: str = "aot_eager"
+) -> None:
+    """Values and gradients of the compiled function are those of the eager one, for every batch."""
+    fast = compiled(function, backend)
+    for batch in batches:
+        results = []
+        for f in (function, fast):
+            leaves = [t.detach().clone().requires_grad_(t.is_floating_point()) for t in batch]
+            out = f(*leaves)
+            out.backward()
+            results.append([out, *(t.grad for t in leaves if t.is_floating_point())])
+        for want, got in zip(*results, strict=True):
+            assert_bitwise_equal(got, want)
+
+
+def logits_and_labels(*sizes: int) -> list[tuple[Tensor, Tensor]]:
+    return [(torch.randn(n, 40), torch.arange(n)) for n in sizes]
+
+
+def test_compile_log_prob(backend: str) -> None:
+    def loss(x: Tensor, labels: Tensor) -> Tensor:
+        return (fastdiv.log_prob(x, labels, backend=backend).exp() * 2.0).sum()
+
+    same_as_eager(loss, logits_and_labels(4, 7, 9))
+
+
+def test_compile_divergence(backend: str) -> None:
+    def loss(x: Tensor, y: Tensor) -> Tensor:
+        return fastdiv.divergence(x, y, "js", beta=0.3, temperature=0.5, backend=backend).square().sum()
+
+    same_as_eager(loss, [(torch.randn(n, 40), torch.randn(n, 40)) for n in (4, 7)])
+
+
+def test_compile_token_stats_from_hidden(backend: str) -> None:
+    def loss(hidden: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        own = fastdiv.LinearLogits(hidden, weight, bias, softcap=20.0)
+        labels = torch.arange(hidden.shape[0])
+        stats = fastdiv.token_stats(own, labels, outputs=("log_prob", "entropy", "argmax"), backend=backend)
+        return (stats.log_prob * stats.entropy).sum() + stats["argmax"].sum()
+
+    same_as_eager(loss, [head(n, 30, 8) for n in (4, 6, 9)])
+
+
+def test_compile_with_mask_and_temperature(backend: str) -> None:
+    def loss(x: Tensor, labels: Tensor) -> Tensor:
+        mask, temperature = labels > 0, labels.float() + 0.5
+        return fastdiv.log_prob(x, labels, mask=mask, temperature=temperature, backend=backend).sum()
+
+    same_as_eager(loss, logits_and_labels(4, 7))
+
+
+def test_compile_chooses_a_backend() -> None:
+    same_as_eager(lambda x, labels: fastdiv.log_prob(x, labels).sum(), logits_and_labels(4))
+
+
+def test_compile_dynamic_from_the_start(backend: str) -> None:
+    def stats(x: Tensor, labels: Tensor) -> Tensor:
+        return fastdiv.log_prob(x, labels, backend=backend)
+
+    torch._dynamo.reset()
+    fast = torch.compile(stats, fullgraph=True, backend="aot_eager", dynamic=True)
+    for x, labels in logits_and_labels(4, 7, 33):
+        assert_bitwise_equal(fast(x, labels), stats(x, labels))
+
+
+# Inductor itself imports what torch calls deprecated.
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_compile_by_inductor() -> None:
+    def loss(x: Tensor, labels: Tensor) -> Tensor:
+        stats = fastdiv.token_stats(x * 2.0, labels)
+        return (stats.log_prob + 0.1 * stats.entropy).sum()
+
+    fast = compiled(loss, "inductor")
+    x, labels = torch.randn(4, 40), torch.arange(4)
+    results = []
+    for f in (loss, fast):
+        leaf = x.clone().requires_grad_()
+        out = f(leaf, labels)
+        out.backward()
+        results.append((out.detach(), leaf.grad))
+    for want, got in zip(*results, strict=True):
+        assert want is not None and got is not None
+        torch.testing.assert_close(got, want)
+
+
+def test_fake_tensors_have_the_shapes_of_real_ones(backend: str) -> None:
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    x, labels = torch.randn(2, 3, 20), torch.zeros(2, 3, 5, dtype=torch.int64)
+    real = fastdiv.token_stats(x, labels, outputs=OUTPUTS, backend=backend)
+    with FakeTensorMode() as mode:
+        fake = fastdiv.token_stats(mode.from_tensor(x), mode.from_tensor(labels), outputs=OUTPUTS, backend=backend)
+    for name in OUTPUTS:
+        assert (fake[name].shape, fake[name].dtype) == (real[name].shape, real[name].dtype), name
