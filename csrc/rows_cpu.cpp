@@ -16,7 +16,7 @@
 namespace fd {
 namespace {
 
-constexpr int64_t kChunk = 1024, kBlock = 512;
+constexpr int64_t kChunk = 1024, kBlock = 512, kStrand = 128;
 
 struct BFloat16 {
   uint16_t bits;
@@ -121,29 +121,45 @@ FD_INLINE Moments exponentials(const float* x, int64_t n, float max, float it, f
 #define FD_BIND(function, parameter) \
   [a = parameter](float d, float p, float q) __attribute__((always_inline)) { return function(d, p, q, a); }
 
-struct PairSums {
-  float sum = 0.0f, forward = 0.0f, reverse = 0.0f;
+// z_x - z_y of two models, up to a constant `norm`.  Where the maxima are close, x - y keeps digits that x -
+// x_max and y - y_max have each lost; where they are far apart it is the other way round.
+struct Difference {
+  float x_offset = 0.0f, y_offset = 0.0f, rest, it;
+  Difference(float x_max, float y_max, double norm, float it) : it(it) {
+    const double shift = (static_cast<double>(x_max) - y_max) * it;
+    const bool far = shift < -8.0 || shift > 8.0;
+    if (far) {
+      x_offset = x_max;
+      y_offset = y_max;
+    }
+    rest = static_cast<float>(far ? norm : shift + norm);
+  }
+  float operator()(float x, float y) const { return ((x - x_offset) - (y - y_offset)) * it - rest; }
 };
 
-// The teacher's exponentials q and their sum, and with them the sums of two functions of (d, p, q), where d =
-// log p - log q is off by a constant that fastdiv/statistics.py takes out.
+struct PairSums {
+  double forward = 0.0, reverse = 0.0;
+};
+
+// Sums of two functions of (d, k p, q) over a chunk.  In short strands: a thousand equal terms added to one
+// large one would all be rounded the same way.
 template <typename F, typename R>
 FD_INLINE PairSums pair_sums(F forward_term, R reverse_term, const float* x, const float* y, const float* p,
-                             int64_t n, float y_max, float shift, float it, const char* ahead,
-                             int64_t width) {
-  float sum = 0.0f, forward = 0.0f, reverse = 0.0f;
-  for (int64_t begin = 0; begin < n; begin += kBlock) {
-    const int64_t end = std::min(begin + kBlock, n);
-    prefetch(ahead + begin * width, (end - begin) * width);
-#pragma omp simd reduction(+ : sum, forward, reverse)
+                             const float* q, int64_t n, float k, Difference difference) {
+  PairSums total;
+  for (int64_t begin = 0; begin < n; begin += kStrand) {
+    const int64_t end = std::min(begin + kStrand, n);
+    float forward = 0.0f, reverse = 0.0f;
+#pragma omp simd reduction(+ : forward, reverse)
     for (int64_t i = begin; i < end; ++i) {
-      const float pi = p[i], qi = exp((y[i] - y_max) * it), d = (x[i] - y[i]) * it - shift;
-      sum += qi;
+      const float pi = k * p[i], qi = q[i], d = difference(x[i], y[i]);
       forward += forward_term(d, pi, qi);
       reverse += reverse_term(d, pi, qi);
     }
+    total.forward += forward;
+    total.reverse += reverse;
   }
-  return {sum, forward, reverse};
+  return total;
 }
 
 // The sum of e^power over a chunk, without the one maximum that the state counts apart if it was `raised`
@@ -173,30 +189,33 @@ FD_INLINE void compare(const float* x, const float* y, int64_t n, const RowState
                        float* q, float* d) {
   const Frame student(s.student), teacher(s.teacher);
   const float x_max = student.max, x_norm = student.log_norm, y_max = teacher.max, y_norm = teacher.log_norm;
-  const float shift = static_cast<float>(s.student.max - s.teacher.max);
-  const float norm = static_cast<float>(log_sum(s.student) - log_sum(s.teacher));
+  const bool nothing = s.student.max == -INFINITY || s.teacher.max == -INFINITY;
+  const Difference difference(x_max, y_max, nothing ? NAN : log_sum(s.student) - log_sum(s.teacher), it);
 #pragma omp simd
   for (int64_t i = 0; i < n; ++i) {
     p[i] = exp((x[i] - x_max) * it - x_norm);
     q[i] = exp((y[i] - y_max) * it - y_norm);
-    d[i] = ((x[i] - y[i]) - shift) * it - norm;
+    d[i] = difference(x[i], y[i]);
   }
 }
 
 template <typename V, typename P, typename Q>
 FD_INLINE void add_sums_of(V value, P dlp, Q dlq, const float* d, const float* p, const float* q, int64_t n,
                            double* sums) {
-  float sum = 0.0f, sum_p = 0.0f, sum_q = 0.0f;
+  for (int64_t begin = 0; begin < n; begin += kStrand) {
+    const int64_t end = std::min(begin + kStrand, n);
+    float sum = 0.0f, sum_p = 0.0f, sum_q = 0.0f;
 #pragma omp simd reduction(+ : sum, sum_p, sum_q)
-  for (int64_t i = 0; i < n; ++i) {
-    const float di = d[i], pi = p[i], qi = q[i];
-    sum += value(di, pi, qi);
-    sum_p += dlp(di, pi, qi);
-    sum_q += dlq(di, pi, qi);
+    for (int64_t i = begin; i < end; ++i) {
+      const float di = d[i], pi = p[i], qi = q[i];
+      sum += value(di, pi, qi);
+      sum_p += dlp(di, pi, qi);
+      sum_q += dlq(di, pi, qi);
+    }
+    sums[0] += sum;
+    sums[1] += sum_p;
+    sums[2] += sum_q;
   }
-  sums[0] += sum;
-  sums[1] += sum_p;
-  sums[2] += sum_q;
 }
 
 template <typename F>
@@ -318,7 +337,8 @@ FD_CLONES void accumulate_row(const Accumulate& args, int64_t row) {
     const int64_t bytes = width(tile.student);
     const Moments moments = args.wanted & kFirst ? exponentials<true>(x, n, x_max, it, p, ahead, bytes)
                                                  : exponentials<false>(x, n, x_max, it, p, ahead, bytes);
-    s.student.tail += x_top == x_max ? beside_maximum(x, p, n, x_max, x_raised, false) : moments.sum;
+    const double x_tail = x_top == x_max ? beside_maximum(x, p, n, x_max, x_raised, false) : moments.sum;
+    s.student.tail += x_tail;
     s.first += moments.first;
     if (args.wanted & kSecond) {
       float sum = 0.0f;
@@ -337,28 +357,32 @@ FD_CLONES void accumulate_row(const Accumulate& args, int64_t row) {
       s.sum += sum;
     }
     if (pair) {
-      const float y_max = offset(s.teacher),
-                  shift = static_cast<float>((static_cast<double>(x_max) - y_max) * it);
+      const float y_max = offset(s.teacher);
       const char* y_ahead = address(tile.teacher, row, c + n);
-      const auto sums = [&](auto forward, auto reverse) __attribute__((always_inline)) {
-        return pair_sums(forward, reverse, x, y, p, n, y_max, shift, it, y_ahead, width(tile.teacher));
-      };
-      const auto none = [](float, float, float) __attribute__((always_inline)) { return 0.0f; };
-      const auto forward = FD_BIND(forward_kl_value, 0.0f);
-      const auto reverse = FD_BIND(reverse_kl_value, 0.0f);
+      const Moments taught = exponentials<false>(y, n, y_max, it, q, y_ahead, width(tile.teacher));
+      const double y_tail = y_top == y_max ? beside_maximum(y, q, n, y_max, y_raised, false) : taught.sum;
+      s.teacher.tail += y_tail;
       const int32_t which = args.wanted & (kForward | kReverse);
-      const PairSums t = which == kForward   ? sums(forward, none)
-                         : which == kReverse ? sums(none, reverse)
-                         : which             ? sums(forward, reverse)
-                                             : sums(none, none);
-      if (y_top == y_max) {
-        exponentials<false>(y, n, y_max, it, q, y_ahead, 0);
-        s.teacher.tail += beside_maximum(y, q, n, y_max, y_raised, false);
-      } else {
-        s.teacher.tail += t.sum;
+      if (which) {
+        // Summed with p scaled by k, so that both models weigh about the same and no large terms cancel. Then
+        // d is off by log k, which is put right in double.
+        const double ratio = total(s.teacher) / total(s.student);
+        const float k = ratio > 1e-30 && ratio < 1e30 ? static_cast<float>(ratio) : 1.0f;
+        const double log_k = std::log(static_cast<double>(k));
+        const Difference difference(x_max, y_max, -log_k, it);
+        const auto sums = [&](auto forward, auto reverse) __attribute__((always_inline)) {
+          return pair_sums(forward, reverse, x, y, p, q, n, k, difference);
+        };
+        const auto none = [](float, float, float) __attribute__((always_inline)) { return 0.0f; };
+        const auto forward = FD_BIND(forward_kl_value, 0.0f);
+        const auto reverse = FD_BIND(reverse_kl_value, 0.0f);
+        const PairSums t = which == kForward   ? sums(forward, none)
+                           : which == kReverse ? sums(none, reverse)
+                                               : sums(forward, reverse);
+        const double sum_p = k * (x_tail + (x_raised ? 1.0 : 0.0)), sum_q = y_tail + (y_raised ? 1.0 : 0.0);
+        s.forward += shift_kl(t.forward, log_k, 0.0, sum_p, sum_q);
+        s.reverse += shift_kl(t.reverse, 0.0, log_k, sum_q, sum_p);
       }
-      s.forward += t.forward;
-      s.reverse += t.reverse;
     }
     for (int64_t k = 0; k < tile.labels_per_row; ++k) {
       const int64_t at = tile.labels[row * tile.labels_per_row + k] - tile.first_column - c;

@@ -71,12 +71,12 @@ def test_reference_from_logits_is_bounded(backend: str) -> None:
 def from_hidden(tensors: tuple[Tensor, ...], workspace: int, how: str, backend: str) -> Callable[[], object]:
     n = tensors[0].shape[0]
     labels, own = torch.zeros(n, dtype=torch.int64), fastdiv.LinearLogits(*tensors)
+    teacher = fastdiv.LinearLogits(tensors[0].detach(), tensors[1].detach() * 0.5)
 
     def run() -> object:
         if how == "linear_loss":
             loss = fastdiv.linear_loss(own, labels, lambda s, rows: s.log_prob, backend=backend, workspace=workspace)
         elif how == "js":
-            teacher = fastdiv.LinearLogits(tensors[0].detach(), tensors[1].detach() * 0.5)
             stats = fastdiv.token_stats(own, teacher=teacher, outputs=("js",), backend=backend, workspace=workspace)
             loss = stats.js.sum()
         else:

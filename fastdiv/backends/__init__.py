@@ -77,7 +77,9 @@ def _import(name: str) -> Backend | str:
     try:
         from fastdiv.backends.native import Native
     except ImportError as error:
-        return f"fastdiv._C is not built or does not load ({error}); reinstall with FASTDIV_BUILD=cpu and a C++ compiler"
+        return (
+            f"fastdiv._C is not built or does not load ({error}); reinstall with FASTDIV_BUILD=cpu and a C++ compiler"
+        )
     return Native()
 
 

@@ -36,8 +36,25 @@ def _parts(tile: Tile) -> Iterator[slice]:
     return (slice(start, min(start + step, rows)) for start in range(0, rows, step))
 
 
+def _offset(maximum: Tensor) -> Tensor:
+    """An offset that may be subtracted: a row of -inf so far has none yet."""
+    return torch.where(maximum == -torch.inf, 0.0, maximum)
+
+
 def _shifted(x: Tensor, maximum: Tensor) -> Tensor:
-    return x - torch.where(maximum == -torch.inf, 0.0, maximum).to(x.dtype)[:, None]
+    return x - _offset(maximum).to(x.dtype)[:, None]
+
+
+def _log_ratio(x: Tensor, y: Tensor, max_x: Tensor, max_y: Tensor, norm: Tensor, it: Tensor) -> Tensor:
+    """z_x - z_y - norm.  Where the maxima are close, x - y keeps digits that x - max_x and y - max_y have each lost;
+    where they are far apart it is the other way round."""
+    max_x, max_y = _offset(max_x), _offset(max_y)
+    shift = (max_x - max_y) * it
+    far = shift.abs() > 8.0
+    difference = (x - torch.where(far, max_x, 0.0).to(x.dtype)[:, None]) - (
+        y - torch.where(far, max_y, 0.0).to(x.dtype)[:, None]
+    )
+    return difference * it.to(x.dtype)[:, None] - torch.where(far, norm, shift + norm).to(x.dtype)[:, None]
 
 
 def _sum(x: Tensor) -> Tensor:
@@ -90,8 +107,9 @@ class _Compared:
         norm_x, norm_y = torch.log1p(state["tail"]), torch.log1p(state["teacher_tail"])
         self.p = torch.exp(_log_probs(x, state["max"], norm_x, it))
         self.q = torch.exp(_log_probs(y, state["teacher_max"], norm_y, it))
-        shift = (state["max"] - state["teacher_max"]).to(x.dtype)[:, None]
-        self.d = ((x - y) - shift) * it.to(x.dtype)[:, None] - (norm_x - norm_y).to(x.dtype)[:, None]
+        nothing = torch.maximum(-state["max"], -state["teacher_max"]) == torch.inf
+        norm = torch.where(nothing, torch.nan, norm_x - norm_y)
+        self.d = _log_ratio(x, y, state["max"], state["teacher_max"], norm, it)
 
 
 def _log_probs(x: Tensor, maximum: Tensor, log_norm: Tensor, it: Tensor) -> Tensor:
@@ -161,8 +179,7 @@ class Reference:
                 s["teacher_max"], s["teacher_tail"] = taught.maximum, taught.tail
                 if wanted & (WANTED["forward"] | WANTED["reverse"]):
                     b, p, q = taught.shift, grown.p, taught.p
-                    shift = _shifted(-_shifted(torch.zeros_like(x[:, :1]), taught.maximum), grown.maximum)
-                    d = ((x - y) + shift) * it.to(x.dtype)[:, None]
+                    d = _log_ratio(x, y, grown.maximum, taught.maximum, torch.zeros_like(it), it)
                     none = torch.zeros((), dtype=x.dtype, device=x.device)
                     forward = _shift_kl(s["forward"], a, b, total, taught.old_total)
                     reverse = _shift_kl(s["reverse"], b, a, taught.old_total, total)

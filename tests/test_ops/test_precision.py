@@ -33,7 +33,7 @@ def test_a_kl_of_half_a_millionth(backend: str, v: int, kind: str) -> None:
     exact = reference(x, teacher=y, outputs=[kind])[kind]
     assert 1e-8 < exact.min() and exact.max() < 2e-6
     assert relative(fastdiv.divergence(x, y, kind, backend=backend), exact) < 1e-3
-    if v > 100_000:
+    if v > 100_000 and kind != "jeffreys":  # the sum of two textbook KLs: their errors cancel
         assert relative(reference(x, teacher=y, outputs=[kind], dtype=torch.float32)[kind], exact) > 0.1
 
 

@@ -108,7 +108,8 @@ def test_train_end_to_end(capsys, tmp_path):
 
 def test_info(capsys):
     assert main(["info"]) == 0
-    assert "torch" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "torch" in said and "reference" in said and "ready" in said and "None" not in said
     assert main(["info", "--tasks"]) == 0
     assert "chain_sum" in capsys.readouterr().out.splitlines()
     assert main(["info", "--objectives"]) == 0

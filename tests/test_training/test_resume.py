@@ -22,6 +22,8 @@ CHANGING = ("rollout_seconds", "loss_seconds", "step_seconds", "loss_peak_mib")
 KILLED = """
 import os, signal, sys
 from pathlib import Path
+import torch
+torch.set_num_threads(1)
 sys.path.insert(0, sys.argv[1])
 from letters import Letters, tiny
 from fastdiv.training import checkpoint
