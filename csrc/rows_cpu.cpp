@@ -43,9 +43,8 @@ FD_INLINE void load(const T* from, int64_t n, float scale, float softcap, float*
 #pragma omp simd
     for (int64_t i = 0; i < n; ++i) to[i] = widen(from[i]) * scale;
   } else {
-    const float inner = scale / softcap;
 #pragma omp simd
-    for (int64_t i = 0; i < n; ++i) to[i] = softcap * tanh(widen(from[i]) * inner);
+    for (int64_t i = 0; i < n; ++i) to[i] = softcap * tanh(widen(from[i]) * scale / softcap);
   }
 }
 
@@ -290,12 +289,16 @@ FD_INLINE void polynomial(const float* x, int64_t n, const Frame& frame, float i
 template <typename T>
 FD_INLINE void store(const float* g, const float* t, int64_t n, float it, float scale, float softcap,
                      T* out) {
-  const float factor = it * scale, inverse = softcap == 0.0f ? 0.0f : 1.0f / softcap;
+  const float factor = it * scale;
+  if (softcap == 0.0f) {
 #pragma omp simd
-  for (int64_t i = 0; i < n; ++i) {
-    const float capped = t[i] * inverse;
-    const float slope = softcap == 0.0f ? factor : factor * (1.0f - capped * capped);
-    narrow(t[i] == -INFINITY ? 0.0f : g[i] * slope, out[i]);
+    for (int64_t i = 0; i < n; ++i) narrow(t[i] == -INFINITY ? 0.0f : g[i] * factor, out[i]);
+  } else {
+#pragma omp simd
+    for (int64_t i = 0; i < n; ++i) {
+      const float capped = t[i] / softcap;
+      narrow(g[i] * (factor * (1.0f - capped * capped)), out[i]);
+    }
   }
 }
 

@@ -313,10 +313,11 @@ def logits(
         if layout == "strided rows":
             x = torch.cat([x, x.new_full((n, 5), 7.0)], 1)[:, :v]
         elif layout == "strided columns":
-            x = x.T.contiguous().T
+            x = x.t().contiguous().t()
         elif layout == "shared rows" and n:
             x = x[:1].expand(n, v)
-        return x
+        result: Tensor = x
+        return result
 
     strategy: SearchStrategy[Tensor] = draw_logits()
     return strategy

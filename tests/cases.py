@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import fastdiv
-from fastdiv.testing import ULPS, compare, reference
+from fastdiv.testing import FACTOR, ULPS, compare, reference
 
 MODEL_OUTPUTS = (
     "log_prob",
@@ -108,6 +108,7 @@ def check(
     layout: str = "random",
     spread: float = 0.5,
     neighbours: int = 2,
+    factor: float = FACTOR,
 ) -> None:
     """Every output and gradient of `operator(*tensors)` is as exact as the rule asks.
 
@@ -132,7 +133,7 @@ def check(
         if value.numel():
             more = [(p[name], e[name]) for p, e in pairs[1:]]
             size = sizes[name].nan_to_num(0.0).abs().max().item() if name.startswith("gradient") else 0.0
-            found = compare(value, plain[name], exact[name], neighbours=more, size=size, ulps=ulps)
+            found = compare(value, plain[name], exact[name], neighbours=more, size=size, factor=factor, ulps=ulps)
             assert found, f"{name} {found.text}"
 
 

@@ -1,4 +1,4 @@
-"""More than 2^31 elements.  `torch.empty` on a CPU only reserves addresses, so that only the touched rows cost memory."""
+"""More than 2^31 elements.  `torch.empty` on a CPU reserves addresses only: just the touched rows cost memory."""
 
 from __future__ import annotations
 

@@ -35,14 +35,14 @@ def test_the_table_is_covered() -> None:
     assert set(TABLE) == set(DIVERGENCES)
 
 
-@settings(max_examples=60)
+@settings(max_examples=600)
 @given(data=st.data(), beta=BETAS, masked=st.sampled_from(["no", "same", "each"]))
 def test_values(backend: str, data: st.DataObject, beta: float, masked: str) -> None:
     x, y = data.draw(pairs(backend, masked))
     check(*token_stats(lambda x, y: (x, y), backend=backend, outputs=DIVERGENCES, beta=beta), x, y)
 
 
-@settings(max_examples=60)
+@settings(max_examples=600)
 @given(
     data=st.data(),
     beta=BETAS,
@@ -60,7 +60,7 @@ def test_gradients(
     check(*token_stats(lambda x, y: (x, y), backend=backend, **options), x, y, layout=layout)
 
 
-@settings(max_examples=20)
+@settings(max_examples=60)
 @given(seed=st.integers(0, 1000), kind=st.sampled_from(DIVERGENCES), masked=st.booleans())
 def test_temperature_transform_and_mask(backend: str, seed: int, kind: str, masked: bool) -> None:
     generator = torch.Generator().manual_seed(seed)

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import fastdiv
-from fastdiv.testing import assert_bitwise_equal, logits, reference
+from fastdiv.testing import FACTOR, assert_bitwise_equal, logits, reference
 
 CHOICES = ("argmax", "is_top1", "rank")
 
@@ -26,7 +26,7 @@ def labels_for(x: Tensor, k: int | None, seed: int, ignored: float = 0.2) -> Ten
     return labels
 
 
-@settings(max_examples=60)
+@settings(max_examples=200)
 @given(
     data=st.data(),
     seed=st.integers(0, 1000),
@@ -39,7 +39,7 @@ def test_values(backend: str, data: st.DataObject, seed: int, k: int | None, tem
     check(*token_stats(lambda x: (x,), backend=backend, **options), x)
 
 
-@settings(max_examples=60)
+@settings(max_examples=200)
 @given(
     data=st.data(),
     seed=st.integers(0, 1000),
@@ -66,7 +66,7 @@ def test_gradients(
     check(*token_stats(lambda x: (x,), backend=backend, **options), x, seed=seed, layout=layout)
 
 
-@settings(max_examples=60)
+@settings(max_examples=200)
 @given(data=st.data(), seed=st.integers(0, 1000), k=st.sampled_from([None, 3]))
 def test_choices(backend: str, data: st.DataObject, seed: int, k: int | None) -> None:
     x = data.draw(logits(dtypes=dtypes(backend), broken=False))
@@ -78,21 +78,25 @@ def test_choices(backend: str, data: st.DataObject, seed: int, k: int | None) ->
         assert torch.equal(got[name], exact[name]), name
 
 
-@settings(max_examples=30)
+@settings(max_examples=100)
 @given(
     data=st.data(),
     seed=st.integers(0, 1000),
-    transform=st.sampled_from([(None, 0.25), (30.0, 1.0), (5.0, 2.0), (50.0, -0.5)]),
+    transform=st.sampled_from([(None, 0.25), (32.0, 1.0), (4.0, 2.0), (64.0, -0.5), (30.0, 1.0)]),
 )
 def test_transform(backend: str, data: st.DataObject, seed: int, transform: tuple[float | None, float]) -> None:
-    sizes = {"rows": (7,), "vocabularies": (31, 128, 1025, 4097)}
+    sizes = {"rows": (7,), "vocabularies": (31, 128, 1025)}
     x = data.draw(logits(dtypes=dtypes(backend), broken=False, masked=False, **sizes)).requires_grad_()
     softcap, scale = transform
+    # The slope 1 - tanh^2 is formed from the capped logits t, where autograd has kept tanh itself.  If t / softcap is
+    # not exact, that costs two roundings more, and near the cap they count as much as tanh's own.
+    factor = FACTOR if softcap != 30.0 else 2.0 * FACTOR
     options: dict[str, Any] = {"labels": labels_for(x, None, seed), "outputs": MODEL_OUTPUTS}
-    check(*token_stats(lambda x: (fastdiv.Logits(x, softcap, scale),), backend=backend, **options), x, seed=seed)
+    pair = token_stats(lambda x: (fastdiv.Logits(x, softcap, scale),), backend=backend, **options)
+    check(*pair, x, seed=seed, neighbours=6, factor=factor)
 
 
-@settings(max_examples=30)
+@settings(max_examples=100)
 @given(data=st.data(), seed=st.integers(0, 1000), per_token=st.booleans(), masked=st.booleans())
 def test_per_token_temperature_and_mask(
     backend: str, data: st.DataObject, seed: int, per_token: bool, masked: bool
