@@ -38,17 +38,18 @@ def dtypes(backend: str) -> tuple[torch.dtype, ...]:
     return NARROW if backend == "native" else (*NARROW, torch.float64)
 
 
-def outside_gap(x: Tensor, temperature: float = 1.0) -> Tensor:
+def outside_gap(x: Tensor, temperature: float = 1.0, lowest: float = -108.0) -> Tensor:
     """`x` without logits 70 to 108 temperatures below their row's maximum: those are moved to 60 below.
 
     There probabilities are subnormal in float32: 0 for one backend, a number for another and in float64.
-    Which of the two decides between a finite and an infinite KL.
+    Which of the two decides between a finite and an infinite KL.  Where another model has probability 0, float64 still
+    sees what is 0 in float32, down to 745 below: `lowest` = -inf moves every finite logit.
     """
     if x.numel() == 0:
         return x
     top = torch.where(torch.isfinite(x), x, -torch.inf).amax(-1, keepdim=True).double()
     z = (x.double() - top) / temperature
-    moved = torch.where((z > -108.0) & (z < -70.0), (top - 60.0 * temperature).to(x.dtype), x)
+    moved = torch.where((z > lowest) & (z < -70.0), (top - 60.0 * temperature).to(x.dtype), x)
     if 0 in x.stride():
         return moved
     return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype).copy_(moved)

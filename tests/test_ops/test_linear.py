@@ -25,7 +25,7 @@ def source(tensors: Sequence[Tensor], **transform: Any) -> fastdiv.LinearLogits:
     return fastdiv.LinearLogits(tensors[0], tensors[1], bias, **transform)
 
 
-@settings(max_examples=150)
+@settings(max_examples=60)
 @given(
     n=st.sampled_from([0, 1, 5, 17]),
     v=st.sampled_from([1, 2, 31, 127, 1025, 1500]),
@@ -58,7 +58,7 @@ def test_one_model(
     check(*pair, *tensors, layout=layout, spread=0.05, neighbours=4)
 
 
-@settings(max_examples=100)
+@settings(max_examples=40)
 @given(
     kind=st.sampled_from([*((kind,) for kind in DIVERGENCES), (*DIVERGENCES, "entropy")]),
     student=st.sampled_from(["logits", "hidden"]),

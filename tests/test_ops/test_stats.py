@@ -26,7 +26,7 @@ def labels_for(x: Tensor, k: int | None, seed: int, ignored: float = 0.2) -> Ten
     return labels
 
 
-@settings(max_examples=200)
+@settings(max_examples=60)
 @given(
     data=st.data(),
     seed=st.integers(0, 1000),
@@ -39,7 +39,7 @@ def test_values(backend: str, data: st.DataObject, seed: int, k: int | None, tem
     check(*token_stats(lambda x: (x,), backend=backend, **options), x)
 
 
-@settings(max_examples=200)
+@settings(max_examples=60)
 @given(
     data=st.data(),
     seed=st.integers(0, 1000),
@@ -66,7 +66,7 @@ def test_gradients(
     check(*token_stats(lambda x: (x,), backend=backend, **options), x, seed=seed, layout=layout)
 
 
-@settings(max_examples=200)
+@settings(max_examples=60)
 @given(data=st.data(), seed=st.integers(0, 1000), k=st.sampled_from([None, 3]))
 def test_choices(backend: str, data: st.DataObject, seed: int, k: int | None) -> None:
     x = data.draw(logits(dtypes=dtypes(backend), broken=False))
@@ -78,7 +78,7 @@ def test_choices(backend: str, data: st.DataObject, seed: int, k: int | None) ->
         assert torch.equal(got[name], exact[name]), name
 
 
-@settings(max_examples=100)
+@settings(max_examples=40)
 @given(
     data=st.data(),
     seed=st.integers(0, 1000),
@@ -90,13 +90,14 @@ def test_transform(backend: str, data: st.DataObject, seed: int, transform: tupl
     softcap, scale = transform
     # The slope 1 - tanh^2 is formed from the capped logits t, where autograd has kept tanh itself.  If t / softcap is
     # not exact, that costs two roundings more, and near the cap they count as much as tanh's own.
-    factor = FACTOR if softcap != 30.0 else 2.0 * FACTOR
+    # The native tanh is within 3 units in the last place of the cap, torch's within 1.
+    factor = FACTOR if softcap is None else 2.0 * FACTOR
     options: dict[str, Any] = {"labels": labels_for(x, None, seed), "outputs": MODEL_OUTPUTS}
     pair = token_stats(lambda x: (fastdiv.Logits(x, softcap, scale),), backend=backend, **options)
     check(*pair, x, seed=seed, neighbours=6, factor=factor)
 
 
-@settings(max_examples=100)
+@settings(max_examples=40)
 @given(data=st.data(), seed=st.integers(0, 1000), per_token=st.booleans(), masked=st.booleans())
 def test_per_token_temperature_and_mask(
     backend: str, data: st.DataObject, seed: int, per_token: bool, masked: bool
