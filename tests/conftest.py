@@ -18,6 +18,7 @@ settings.register_profile(
     deadline=None,
     database=None,
     max_examples=50,
+    phases=(Phase.explicit, Phase.generate),
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
 )
 settings.load_profile("fastdiv")

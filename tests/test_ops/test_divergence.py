@@ -76,6 +76,19 @@ def test_temperature_transform_and_mask(backend: str, seed: int, kind: str, mask
     check(*token_stats(build, backend=backend, **options), x, y, neighbours=4)
 
 
+@pytest.mark.parametrize("kind", DIVERGENCES)
+@pytest.mark.parametrize("v", [5, 33, 1025])
+@pytest.mark.parametrize("distance", [0.1, 2.0])
+def test_each_kind_of_ordinary_logits(backend: str, kind: str, v: int, distance: float) -> None:
+    """Where nothing is extreme, the rule leaves a formula no room."""
+    generator = torch.Generator().manual_seed(v)
+    x = torch.randn(16, v, generator=generator) * 1.5
+    y = x + torch.randn(16, v, generator=generator) * distance
+    options: dict[str, Any] = {"outputs": (kind,), "temperature": 1.3} | ({"beta": 0.3} if kind == "js" else {})
+    pair = token_stats(lambda x, y: (x, y), backend=backend, **options)
+    check(*pair, x.requires_grad_(), y.requires_grad_())
+
+
 @pytest.mark.parametrize("student", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("teacher", [torch.float32, torch.bfloat16])
 def test_mixed_dtypes(backend: str, student: torch.dtype, teacher: torch.dtype) -> None:

@@ -112,6 +112,16 @@ def test_per_token_temperature_and_mask(
     check(*token_stats(lambda x: (x,), backend=backend, **options), x, seed=seed, neighbours=6)
 
 
+@pytest.mark.parametrize("name", MODEL_OUTPUTS)
+@pytest.mark.parametrize("v", [5, 33, 1025])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_each_output_of_ordinary_logits(backend: str, name: str, v: int, dtype: torch.dtype) -> None:
+    """Where nothing is extreme, the rule leaves a formula no room: an error of 1e-4 in any term shows in float32."""
+    x = (torch.randn(16, v, generator=torch.Generator().manual_seed(v)) * 1.5).to(dtype).requires_grad_()
+    options: dict[str, Any] = {"outputs": (name,), "labels": torch.arange(16) % v, "temperature": 1.3}
+    check(*token_stats(lambda x: (x,), backend=backend, **options), x)
+
+
 @pytest.mark.parametrize("v", [50257, 151936])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_large_vocabulary(backend: str, v: int, dtype: torch.dtype) -> None:
