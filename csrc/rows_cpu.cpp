@@ -106,7 +106,7 @@ struct Moments {
 
 // e = exp((x - max) / temperature), its sum and, if wanted, the sum of e times the exponent.  The arithmetic
 // hides the way of the next chunk, which starts at `ahead` and has `width` bytes an element, from memory.
-template <bool kWithFirst>
+template <bool kWithFirst, bool kUnit>
 FD_INLINE Moments exponentials(const float* x, int64_t n, float max, float it, float* e, const char* ahead,
                                int64_t width) {
   float sum = 0.0f, first = 0.0f;
@@ -115,13 +115,21 @@ FD_INLINE Moments exponentials(const float* x, int64_t n, float max, float it, f
     prefetch(ahead + begin * width, (end - begin) * width);
 #pragma omp simd reduction(+ : sum, first)
     for (int64_t i = begin; i < end; ++i) {
-      const float z = floored((x[i] - max) * it), p = exp_floored(z);
+      const float z = floored(kUnit ? x[i] - max : (x[i] - max) * it), p = exp_floored(z);
       e[i] = p;
       sum += p;
       first += kWithFirst ? p * z : 0.0f;
     }
   }
   return {sum, first};
+}
+
+// The same; a temperature of 1, the usual one, costs no multiplication.
+template <bool kWithFirst>
+FD_INLINE Moments exponentials(const float* x, int64_t n, float max, float it, float* e, const char* ahead,
+                               int64_t width) {
+  return it == 1.0f ? exponentials<kWithFirst, true>(x, n, max, it, e, ahead, width)
+                    : exponentials<kWithFirst, false>(x, n, max, it, e, ahead, width);
 }
 
 // A pointwise function with its parameter fixed.
@@ -132,9 +140,10 @@ FD_INLINE Moments exponentials(const float* x, int64_t n, float max, float it, f
 // x_max and y - y_max have each lost; where they are far apart it is the other way round.
 struct Difference {
   float x_offset = 0.0f, y_offset = 0.0f, rest, it;
+  bool far;
   Difference(float x_max, float y_max, double norm, float it) : it(it) {
     const double shift = (static_cast<double>(x_max) - y_max) * it;
-    const bool far = shift < -8.0 || shift > 8.0;
+    far = shift < -8.0 || shift > 8.0;
     if (far) {
       x_offset = x_max;
       y_offset = y_max;
@@ -142,6 +151,7 @@ struct Difference {
     rest = static_cast<float>(far ? norm : shift + norm);
   }
   float operator()(float x, float y) const { return ((x - x_offset) - (y - y_offset)) * it - rest; }
+  float near(float x, float y) const { return (x - y) * it - rest; }
 };
 
 struct PairSums {
@@ -150,7 +160,7 @@ struct PairSums {
 
 // Sums of two functions of (d, k p, q) over a chunk.  In short strands: a thousand equal terms added to one
 // large one would all be rounded the same way.
-template <typename F, typename R>
+template <bool kFar, typename F, typename R>
 FD_INLINE PairSums pair_sums(F forward_term, R reverse_term, const float* x, const float* y, const float* p,
                              const float* q, int64_t n, float k, Difference difference) {
   PairSums total;
@@ -159,7 +169,7 @@ FD_INLINE PairSums pair_sums(F forward_term, R reverse_term, const float* x, con
     float forward = 0.0f, reverse = 0.0f;
 #pragma omp simd reduction(+ : forward, reverse)
     for (int64_t i = begin; i < end; ++i) {
-      const float pi = k * p[i], qi = q[i], d = difference(x[i], y[i]);
+      const float pi = k * p[i], qi = q[i], d = kFar ? difference(x[i], y[i]) : difference.near(x[i], y[i]);
       forward += forward_term(d, pi, qi);
       reverse += reverse_term(d, pi, qi);
     }
@@ -382,7 +392,8 @@ FD_CLONES void accumulate_row(const Accumulate& args, int64_t row) {
         const double log_k = std::log(static_cast<double>(k));
         const Difference difference(x_max, y_max, -log_k, it);
         const auto sums = [&](auto forward, auto reverse) __attribute__((always_inline)) {
-          return pair_sums(forward, reverse, x, y, p, q, n, k, difference);
+          return difference.far ? pair_sums<true>(forward, reverse, x, y, p, q, n, k, difference)
+                                : pair_sums<false>(forward, reverse, x, y, p, q, n, k, difference);
         };
         const auto none = [](float, float, float) __attribute__((always_inline)) { return 0.0f; };
         const auto forward = FD_BIND(forward_kl_value, 0.0f);
