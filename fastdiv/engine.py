@@ -43,13 +43,15 @@ class Problem:
         self.device, self.work = student[0].device, work_dtype(*(t.dtype for t in [*student, *teacher]))
         self.label_shape = self.lead if labels is None else labels.shape
         k = 0 if labels is None else 1 if labels.shape == self.lead else labels.shape[-1]
-        every = torch.zeros(self.tokens, 0, dtype=torch.int64, device=self.device)
+        every = torch.empty(self.tokens, 0, dtype=torch.int64, device=self.device)
         every = every if labels is None else labels.reshape(self.tokens, k).long()
-        active = torch.ones(self.tokens, dtype=torch.bool, device=self.device) if mask is None else mask.reshape(-1)
+        active = None if mask is None else mask.reshape(-1)
         if k:
-            active = active & (every != request.ignore_index).any(1)
-        self.index = active.nonzero()[:, 0]
-        self.labels = every[self.index]  # [rows, K]
+            counted = (every != request.ignore_index).any(1)
+            active = counted if active is None else active & counted
+        # Flat numbers of the tokens that take part; None: all.
+        self.index = None if active is None or bool(active.all()) else active.nonzero()[:, 0]
+        self.labels = self.gather(every).contiguous()  # [rows, K]
         self.ignored = self.labels == request.ignore_index
         self.invalid = ~self.ignored & ((self.labels < 0) | (self.labels >= self.vocabulary))
         self._check_labels()
@@ -62,7 +64,7 @@ class Problem:
             row, column = (int(i) for i in self.invalid.nonzero()[0])
             raise IndexError(
                 f"labels: expected values in [0, {self.vocabulary}) or ignore_index {self.request.ignore_index}, "
-                f"got {int(self.labels[row, column])} at token {int(self.index[row])}"
+                f"got {int(self.labels[row, column])} at token {int(self.numbers[row])}"
             )
 
     def _inverse_temperature(self, temperature: Tensor | None) -> Tensor:
@@ -71,11 +73,20 @@ class Problem:
             return torch.full((self.rows,), value, dtype=self.work, device=self.device)
         if self.device.type == "cpu" and not bool((temperature > 0.0).all()):
             raise ValueError(f"temperature: expected numbers above 0, got {float(temperature.min())}")
-        return temperature.reshape(-1)[self.index].to(self.work).reciprocal()
+        return self.gather(temperature.reshape(-1)).to(self.work).reciprocal()
 
     @property
     def rows(self) -> int:
-        return self.index.numel()
+        return self.tokens if self.index is None else self.index.numel()
+
+    @property
+    def numbers(self) -> Tensor:
+        """[rows] the flat numbers of the tokens that take part."""
+        return torch.arange(self.tokens, device=self.device) if self.index is None else self.index
+
+    def gather(self, tokens: Tensor) -> Tensor:
+        """[tokens, ...] -> [rows, ...]."""
+        return tokens if self.index is None else tokens[self.index]
 
     def plan(self, full_rows: bool) -> Plan:
         projected = (len(self.student) > 1) + (len(self.teacher) > 1)
@@ -115,7 +126,7 @@ class Problem:
 
     def scatter(self, rows: Tensor) -> Tensor:
         """[rows, ...] -> [tokens, ...], 0 at masked tokens."""
-        if self.rows == self.tokens:
+        if self.index is None:
             return rows
         return rows.new_zeros(self.tokens, *rows.shape[1:]).index_copy_(0, self.index, rows)
 
@@ -229,9 +240,9 @@ def backward(
     tiles = problem.plan(full_rows=False)
     student, teacher = problem.sides(tiles, needs)
     sums = Sums(problem)
-    sums.state, sums.compared = state[problem.index], compared[problem.index]
+    sums.state, sums.compared = problem.gather(state), problem.gather(compared)
     lead = len(problem.lead)
-    flat = {n: g.reshape(problem.tokens, *g.shape[lead:])[problem.index] for n, g in upstream.items()}
+    flat = {n: problem.gather(g.reshape(problem.tokens, *g.shape[lead:])) for n, g in upstream.items()}
     for rows in tiles.row_slices(problem.rows):
         columns: list[tuple[slice, Tile | None]] = [(c, None) for c in tiles.column_slices(problem.vocabulary)]
         _gradient(problem, sums, student, teacher, rows, columns, {name: g[rows] for name, g in flat.items()})
@@ -244,7 +255,7 @@ def fused(problem: Problem, token_loss: TokenLoss, needs: list[bool]) -> tuple[T
     student, teacher = problem.sides(tiles, needs)
     whole = slice(0, problem.vocabulary)
     total = torch.zeros((), dtype=torch.float64, device=problem.device)
-    sums = Sums(problem)
+    sums, numbers = Sums(problem), problem.numbers
     for rows in tiles.row_slices(problem.rows):
         tile = _accumulate(problem, sums, student, teacher, tiles, rows)
         values_ = problem.outputs(rows, sums.statistics(problem, rows), sums.compared[rows])
@@ -252,7 +263,7 @@ def fused(problem: Problem, token_loss: TokenLoss, needs: list[bool]) -> tuple[T
         single = len(problem.label_shape) == len(problem.lead)
         with torch.enable_grad():
             shaped = {n: v[:, 0] if per_label(n) and single else v for n, v in leaves.items()}
-            loss = token_loss(shaped, problem.index[rows])
+            loss = token_loss(shaped, numbers[rows])
         _check_token_loss(loss, rows.stop - rows.start)
         total += loss.detach().double().sum()
         if not any(needs):

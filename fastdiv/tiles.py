@@ -21,25 +21,33 @@ Terms = list[tuple[Divergence, float]]
 
 @dataclass(frozen=True)
 class Rows:
-    """Some rows of a tensor [*, columns]; `index` holds flat row numbers."""
+    """Some rows of a tensor [*, columns]: those whose flat numbers are in `index`, or all where it is None."""
 
     tensor: Tensor  # [*, columns]
-    index: Tensor  # [rows] int64
+    index: Tensor | None  # [rows] int64
     transform: Transform
+
+    @property
+    def numbers(self) -> Tensor:
+        """[rows] int64: flat row numbers."""
+        if self.index is not None:
+            return self.index
+        return torch.arange(math.prod(self.tensor.shape[:-1]), device=self.tensor.device)
 
     def offsets(self) -> Tensor:
         """[rows] int64: the first element of each row, in elements from the tensor's first: no layout needs a copy."""
         if self.tensor.dim() == 2:
-            return self.index * self.tensor.stride(0)
-        rest, offsets = self.index, torch.zeros_like(self.index)
+            return self.numbers * self.tensor.stride(0)
+        rest = self.numbers
+        offsets = torch.zeros_like(rest)
         for size, stride in zip(reversed(self.tensor.shape[:-1]), reversed(self.tensor.stride()[:-1]), strict=True):
             offsets = offsets + rest % size * stride
             rest = rest // size
         return offsets
 
-    def unravelled(self) -> tuple[Tensor, ...]:
-        """The row numbers as one index per leading dimension."""
-        return tuple(torch.unravel_index(self.index, self.tensor.shape[:-1]))
+    def unravelled(self, part: slice) -> tuple[Tensor, ...]:
+        """The numbers of a part of the rows as one index per leading dimension."""
+        return tuple(torch.unravel_index(self.numbers[part], self.tensor.shape[:-1]))
 
 
 class Tile(NamedTuple):
@@ -56,24 +64,33 @@ class Tile(NamedTuple):
 class Given:
     """Logits [*, V] that exist."""
 
-    def __init__(self, tensors: list[Tensor], transform: Transform, index: Tensor, needs: list[bool]) -> None:
+    def __init__(self, tensors: list[Tensor], transform: Transform, index: Tensor | None, needs: list[bool]) -> None:
         (self._tensor,) = tensors
         if self._tensor.stride(-1) != 1 and self._tensor.shape[-1] > 1:
             self._tensor = self._tensor.contiguous()
         self._transform, self._index = transform, index
         self._gradient: Tensor | None = None
         if needs[0]:
-            whole = math.prod(self._tensor.shape[:-1]) == index.numel()
-            make = torch.empty if whole else torch.zeros
+            make = torch.empty if index is None else torch.zeros
             self._gradient = make(self._tensor.shape, dtype=self._tensor.dtype, device=self._tensor.device)
 
     def tile(self, rows: slice, columns: slice) -> Rows:
-        return Rows(torch.atleast_2d(self._tensor)[..., columns], self._index[rows], self._transform)
+        return self._rows(self._tensor, rows, columns)
+
+    def _rows(self, tensor: Tensor, rows: slice, columns: slice) -> Rows:
+        tensor = torch.atleast_2d(tensor)
+        if columns.stop - columns.start < tensor.shape[-1]:
+            tensor = tensor[..., columns]
+        if self._index is not None:
+            return Rows(tensor, self._index[rows], self._transform)
+        every = rows.stop - rows.start == math.prod(tensor.shape[:-1])
+        index = None if every else torch.arange(rows.start, rows.stop, device=tensor.device)
+        return Rows(tensor, index, self._transform)
 
     def target(self, rows: slice, columns: slice) -> Rows | None:
         if self._gradient is None:
             return None
-        return Rows(torch.atleast_2d(self._gradient)[..., columns], self._index[rows], self._transform)
+        return self._rows(self._gradient, rows, columns)
 
     def absorb(self, rows: slice, columns: slice) -> None:
         """The gradient was written in place."""
@@ -85,7 +102,7 @@ class Given:
 class Projected:
     """Logits hidden @ weight.T + bias, one tile at a time in the work dtype; the gradient overwrites the tile.
 
-    Only the rows in `index` take part.  Weight gradients are formed in the work dtype: straight into the result when
+    Only the rows in `index` take part (None: all).  Weight gradients are formed in the work dtype: straight into the result when
     each slice of the vocabulary is visited once (`one_visit`), else added up and rounded at the end.
     """
 
@@ -93,7 +110,7 @@ class Projected:
         self,
         tensors: list[Tensor],
         transform: Transform,
-        index: Tensor,
+        index: Tensor | None,
         needs: list[bool],
         work: torch.dtype,
         tile_size: int,
@@ -103,7 +120,7 @@ class Projected:
         self._bias = tensors[2] if len(tensors) == 3 else None
         self._shape, self._dtype, self._index, self._transform = hidden.shape, hidden.dtype, index, transform
         flat = hidden.reshape(-1, hidden.shape[-1])
-        self._hidden = (flat if flat.shape[0] == index.numel() else flat[index]).to(work)
+        self._hidden = (flat if index is None else flat[index]).to(work)
         self._work = work
         self._buffer = torch.empty(tile_size, dtype=work, device=hidden.device)
         self._visited: set[int] = set()
@@ -118,7 +135,7 @@ class Projected:
         return self._buffer[: shape[0] * shape[1]].view(shape)
 
     def _rows(self, tile: Tensor) -> Rows:
-        return Rows(tile, torch.arange(tile.shape[0], device=tile.device), self._transform)
+        return Rows(tile, None, self._transform)
 
     def tile(self, rows: slice, columns: slice) -> Rows:
         out, weight = self._view(rows, columns), self._weight[columns].to(self._work)
@@ -153,7 +170,7 @@ class Projected:
         d_hidden = self._d_hidden
         if d_hidden is not None:
             d_hidden = d_hidden.to(self._dtype)
-            if self._index.numel() != math.prod(self._shape[:-1]):
+            if self._index is not None:
                 full = d_hidden.new_zeros(math.prod(self._shape[:-1]), self._shape[-1])
                 d_hidden = full.index_copy_(0, self._index, d_hidden)
             d_hidden = d_hidden.view(self._shape)

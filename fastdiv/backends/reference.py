@@ -17,7 +17,7 @@ _ELEMENTS = 1 << 21  # of one [rows, columns] temporary; about a dozen are alive
 
 def _read(rows: Rows, part: slice, work: torch.dtype) -> Tensor:
     """Transformed logits [rows, columns] of a part of the rows."""
-    raw = rows.tensor[Rows(rows.tensor, rows.index[part], rows.transform).unravelled()]
+    raw = rows.tensor[rows.unravelled(part)]
     return transform(raw.to(work), rows.transform.scale, rows.transform.softcap)
 
 
@@ -27,7 +27,7 @@ def _write(rows: Rows, part: slice, gradient: Tensor, logits: Tensor, inverse_te
     if rows.transform.softcap:
         slope = slope * (1.0 - (logits / rows.transform.softcap) ** 2)
     value = torch.where(logits == -torch.inf, 0.0, gradient * slope)
-    rows.tensor[Rows(rows.tensor, rows.index[part], rows.transform).unravelled()] = value.to(rows.tensor.dtype)
+    rows.tensor[rows.unravelled(part)] = value.to(rows.tensor.dtype)
 
 
 def _parts(tile: Tile) -> Iterator[slice]:
