@@ -1,4 +1,4 @@
-"""``fastdiv``: train, bench, info. Nothing heavy is imported before the subcommand is known."""
+"""``fastdiv``: train, bench, check, info. Nothing heavy is imported before the subcommand is known."""
 
 from __future__ import annotations
 
@@ -26,9 +26,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="fastdiv", description="Per-token quantities of language models, exact and fused."
     )
-    commands = parser.add_subparsers(dest="command", required=True, metavar="train | bench | info")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="train | bench | check | info")
     commands.add_parser("train", add_help=False, help="train a causal LM on verifiable rewards (fastdiv train --help)")
     commands.add_parser("bench", add_help=False, help="run the benchmarks (fastdiv bench --help)")
+    check = commands.add_parser("check", help="prove the kernels on this machine, without a GPU")
+    check.add_argument(
+        "--aot",
+        nargs="*",
+        metavar="TARGET",
+        required=True,
+        help="compile every Triton kernel for these targets (sm_90, gfx942, ...; none: all that are known) and fail on "
+        "spilled registers or 32-bit pointer arithmetic",
+    )
+    check.add_argument("--brief", action="store_true", help="one line a target instead of one a kernel")
     info = commands.add_parser("info", help="what is installed, and which backends run here")
     info.add_argument("--tasks", action="store_true", help="list the reasoning-gym tasks that train can use")
     info.add_argument("--objectives", action="store_true", help="list the objectives")
@@ -36,7 +46,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     passing: dict[str, Callable[[list[str]], int]] = {"train": _train, "bench": _bench}
     if arguments and arguments[0] in passing:
         return passing[arguments[0]](arguments[1:])
-    return _info(parser.parse_args(arguments))
+    parsed = parser.parse_args(arguments)
+    return _check(parsed) if parsed.command == "check" else _info(parsed)
 
 
 def _train(arguments: list[str]) -> int:
@@ -120,6 +131,18 @@ def _bench(arguments: list[str]) -> int:
             return _refuse("bench", f"{error}: pip install 'fastdiv[bench]'")
         return int(module.main(arguments))
     return _refuse("bench", "the benchmarks are not installed; run this in a checkout of the repository")
+
+
+def _check(arguments: argparse.Namespace) -> int:
+    try:
+        from fastdiv.backends.triton import aot
+    except ImportError as error:
+        return _refuse("check", f"{error}: pip install 'fastdiv[triton]'")
+    try:
+        targets = [aot.target(name) and name for name in arguments.aot or aot.TARGETS]
+        return aot.check(targets, brief=arguments.brief)
+    except ValueError as error:
+        return _refuse("check", error)
 
 
 def _info(arguments: argparse.Namespace) -> int:

@@ -102,8 +102,8 @@ class Given:
 class Projected:
     """Logits hidden @ weight.T + bias, one tile at a time in the work dtype; the gradient overwrites the tile.
 
-    Only the rows in `index` take part (None: all).  Weight gradients are formed in the work dtype: straight into the result when
-    each slice of the vocabulary is visited once (`one_visit`), else added up and rounded at the end.
+    Only the rows in `index` take part (None: all).  Weight gradients are formed in the work dtype: straight into the
+    result when each slice of the vocabulary is visited once (`one_visit`), else added up and rounded at the end.
     """
 
     def __init__(

@@ -35,7 +35,7 @@ Run = Callable[..., dict[str, Tensor]]
 
 def dtypes(backend: str) -> tuple[torch.dtype, ...]:
     """What a backend takes."""
-    return NARROW if backend == "native" else (*NARROW, torch.float64)
+    return (*NARROW, torch.float64) if backend == "reference" else NARROW
 
 
 def outside_gap(x: Tensor, temperature: float = 1.0, lowest: float = -108.0) -> Tensor:

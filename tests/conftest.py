@@ -2,8 +2,17 @@
 
 from __future__ import annotations
 
+import importlib.util
+import os
+from collections.abc import Iterator
+
 import pytest
-from hypothesis import HealthCheck, Phase, settings
+import torch
+from hypothesis import HealthCheck, Phase, is_hypothesis_test, settings
+
+# Without a GPU the Triton kernels run in Triton's interpreter; it decides so as it meets the first kernel.
+if not torch.cuda.is_available() and importlib.util.find_spec("triton"):
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 from fastdiv import backends
 
@@ -28,6 +37,25 @@ settings.load_profile("fastdiv")
 def backend(request: pytest.FixtureRequest) -> str:
     """The name of each backend present, in turn."""
     return str(request.param)
+
+
+def _slow(item: pytest.Item) -> bool:
+    """Whether a test runs in Triton's interpreter, at some milliseconds a row and block."""
+    parameters = item.callspec.params if isinstance(item, pytest.Function) and hasattr(item, "callspec") else {}
+    return parameters.get("backend") == "triton" and not torch.cuda.is_available()
+
+
+@pytest.hookimpl(hookwrapper=True)
+def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
+    """Fewer examples where each is slow."""
+    function = getattr(item, "function", None)
+    if not (_slow(item) and is_hypothesis_test(function)):
+        yield
+        return
+    usual = function._hypothesis_internal_use_settings
+    function._hypothesis_internal_use_settings = settings(usual, max_examples=max(usual.max_examples // 10, 3))
+    yield
+    function._hypothesis_internal_use_settings = usual
 
 
 def _lines() -> list[str]:

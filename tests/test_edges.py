@@ -365,4 +365,7 @@ def test_the_environment_chooses_the_backend_and_the_log_says_so() -> None:
         if name == "reference":
             assert run.returncode == 0 and "fastdiv: entropy on reference: 2 of 2 tokens x 3" in run.stderr
         else:
-            assert run.returncode == 1 and "backend: expected one of native, reference, got 'nonsense'" in run.stderr
+            assert (
+                run.returncode == 1
+                and "backend: expected one of native, triton, reference, got 'nonsense'" in run.stderr
+            )

@@ -1,4 +1,5 @@
-"""Which backend sums and differentiates rows: `native` (C++) or `reference` (plain torch, every dtype and device).
+"""Which backend sums and differentiates rows: `native` (C++ on a CPU), `triton` (GPUs) or `reference` (plain torch,
+every dtype and device).
 
 A backend is a module-like object with three operations on a `Tile`; it knows nothing of callers:
 
@@ -54,7 +55,7 @@ class Backend(Protocol):
         ...
 
 
-NAMES = ("native", "reference")
+NAMES = ("native", "triton", "reference")
 """Every backend, the preferred one first."""
 
 
@@ -74,6 +75,13 @@ def _import(name: str) -> Backend | str:
         from fastdiv.backends.reference import Reference
 
         return Reference()
+    if name == "triton":
+        from fastdiv.backends.triton import Triton
+
+        try:
+            return Triton()
+        except ImportError as error:
+            return str(error)
     try:
         from fastdiv.backends.native import Native
     except ImportError as error:

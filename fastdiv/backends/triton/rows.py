@@ -1,0 +1,663 @@
+"""Row kernels: sums over a tile of logits, and row gradients.
+
+A program takes ROWS rows and walks their columns in steps of BLOCK.  Sums are kept lane by lane, so that a lane adds
+columns / BLOCK terms and the lanes are added once, as a tree: the order depends on the number of columns alone.
+
+Bytes: `accumulate` and `compare` read each logit once, `gradient` reads each once and writes each gradient once; all
+else is O(rows).
+"""
+
+# mypy: ignore-errors
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from fastdiv.backends.triton.language import (
+    expm1,
+    forward_kl_value,
+    function,
+    log1p,
+    reverse_kl_value,
+    tanh,
+)
+from fastdiv.statistics import STATE
+
+PLAIN, SCALED, CAPPED = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
+"""What a logits transform has to do: nothing, x * scale, softcap * tanh(x * scale / softcap)."""
+
+FIELDS = tl.constexpr(len(STATE))
+"""Columns of the state, in the order of `fastdiv.statistics.STATE`."""
+
+FRAME = tl.constexpr(7)
+"""Columns of the frame that `frames` makes of the state."""
+
+COUNTS = ("rows", "first_column", "sums_stride", "labels_per_row")
+"""Numbers that no kernel is compiled for: another batch is not to compile again."""
+
+FLOOR = tl.constexpr(-1e4)
+"""Instead of -inf where 0 * -inf should be 0."""
+
+
+@function
+def first_of(tensor, offsets, stride, row, here):
+    """Pointers to the first elements of rows."""
+    if offsets is None:
+        return tensor + row * stride
+    else:
+        return tensor + tl.load(offsets + row, mask=here, other=0)
+
+
+@function
+def transformed(x, scale, softcap, KIND: tl.constexpr):
+    x = x.to(tl.float32)
+    if KIND == CAPPED:
+        return softcap * tanh(tl.div_rn(x * scale, softcap + tl.zeros_like(x)))
+    elif KIND == SCALED:
+        return x * scale
+    else:
+        return x
+
+
+@function
+def read(first, column, inside, scale, softcap, KIND: tl.constexpr):
+    """Logits [ROWS, BLOCK]; -inf beyond the last column."""
+    x = tl.load(first[:, None] + column[None, :], mask=inside, other=0.0)
+    return tl.where(inside, transformed(x, scale, softcap, KIND), -float("inf"))
+
+
+@function
+def offset(maximum):
+    """One that may be subtracted: a row of -inf has none."""
+    return tl.where(maximum == -float("inf"), 0.0, maximum)
+
+
+@function
+def faded(x, factor):
+    """x * factor, where a vanished factor removes even an infinite x."""
+    return tl.where(factor == 0.0, 0.0, x * factor)
+
+
+@function
+def shifted_kl(kl, growth, s, fade, sum_p, sum_q):
+    """sum q phi(d + s), all times `fade`, of `kl` = sum q phi(d); `growth` is fade * (exp(s) - 1)."""
+    return faded(kl, fade) + growth * sum_p - faded(s * sum_q, fade)
+
+
+@function
+def growth_of(a, b, fade_a, fade_b):
+    """exp(-a) - exp(-b), with all its digits where a and b are close."""
+    s = b - a
+    near = tl.abs(s) < 0.5
+    return tl.where(near, fade_b * expm1(tl.where(near, s, 0.0)), fade_a - fade_b)
+
+
+@function
+def any_of(condition):
+    return tl.max(condition.to(tl.int32), 0) > 0
+
+
+@function
+def total(maximum, tail):
+    """The sum over every entry, the maximum too."""
+    return tail + tl.where(maximum > -float("inf"), 1.0, 0.0)
+
+
+@function
+def beside_maximum(e, is_top, raised, lane_0):
+    """`e` without the one maximum that the state counts apart; others like it go to the first lane."""
+    count = tl.sum(is_top.to(tl.float32), 1) - tl.where(raised, 1.0, 0.0)
+    return tl.where(is_top, 0.0, e) + lane_0 * count[:, None]
+
+
+@function
+def row_sum(lanes):
+    return tl.sum(lanes, 1).to(tl.float64)
+
+
+@function
+def state_column(state, row, here, INDEX: tl.constexpr):
+    return tl.load(state + row * FIELDS + INDEX, mask=here, other=0.0)
+
+
+@triton.jit(do_not_specialize=COUNTS)
+def accumulate(
+    x,
+    x_offsets,
+    x_stride,
+    x_scale,
+    x_softcap,
+    y,
+    y_offsets,
+    y_stride,
+    y_scale,
+    y_softcap,
+    inverse_temperature,  # [rows] float32
+    labels,  # [rows, LABELS] int64, in whole-vocabulary numbers
+    label_logits,  # [rows, LABELS] float32
+    state,  # [rows, FIELDS] float64
+    rows,
+    columns,
+    first_column,
+    X_KIND: tl.constexpr,
+    Y_KIND: tl.constexpr,
+    FIRST: tl.constexpr,
+    SECOND: tl.constexpr,
+    SQUARES: tl.constexpr,
+    SUM: tl.constexpr,
+    ARGMAX: tl.constexpr,
+    FORWARD: tl.constexpr,
+    REVERSE: tl.constexpr,
+    FRESH: tl.constexpr,  # nothing was added before: the state is not read
+    LABELS: tl.constexpr,
+    LABEL_BLOCK: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Adds a tile's columns to the state of its rows."""
+    PAIR: tl.constexpr = y is not None
+    KL: tl.constexpr = FORWARD or REVERSE
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    here = row < rows
+    lane = tl.arange(0, BLOCK)
+    lane_0 = tl.where(lane == 0, 1.0, 0.0)[None, :]
+    it = tl.load(inverse_temperature + row, mask=here, other=1.0)
+    x_first = first_of(x, x_offsets, x_stride, row, here)
+    x_max = tl.full([ROWS], -float("inf"), tl.float32)
+    x_tail = tl.zeros([ROWS, BLOCK], tl.float32)
+    if FIRST:
+        first = tl.zeros([ROWS, BLOCK], tl.float32)
+    if SECOND:
+        second = tl.zeros([ROWS, BLOCK], tl.float32)
+    if SQUARES:
+        squares = tl.zeros([ROWS, BLOCK], tl.float32)
+    if SUM:
+        added = tl.zeros([ROWS, BLOCK], tl.float32)
+    if ARGMAX:
+        argmax = tl.zeros([ROWS], tl.int32)
+    if PAIR:
+        y_first = first_of(y, y_offsets, y_stride, row, here)
+        y_max = tl.full([ROWS], -float("inf"), tl.float32)
+        y_tail = tl.zeros([ROWS, BLOCK], tl.float32)
+    if KL:
+        # Summed with p scaled by k = exp(log_k), so that both models weigh about the same and no large terms cancel.
+        log_k = tl.zeros([ROWS], tl.float32)
+        x_shift = tl.zeros([ROWS], tl.float32)
+        y_shift = tl.zeros([ROWS], tl.float32)
+        rest = tl.zeros([ROWS], tl.float32)
+    if FORWARD:
+        forward = tl.zeros([ROWS, BLOCK], tl.float32)
+    if REVERSE:
+        reverse = tl.zeros([ROWS, BLOCK], tl.float32)
+
+    for start in range(0, columns, BLOCK):
+        column = start + lane
+        inside = here[:, None] & (column < columns)[None, :]
+        t = read(x_first, column, inside, x_scale, x_softcap, X_KIND)
+        if ARGMAX:
+            numbers = tl.where(t == t, t, -float("inf"))  # NaN shows in the sums
+            x_top = tl.max(numbers, 1)
+        else:
+            x_top = tl.max(t, 1)
+        x_new = tl.maximum(x_max, x_top)
+        x_raised = x_new > x_max
+        a = tl.where(x_raised & (x_max > -float("inf")), (x_new - x_max) * it, 0.0)
+        z = (t - offset(x_new)[:, None]) * it[:, None]
+        e = tl.exp(z)
+        if PAIR:
+            u = read(y_first, column, inside, y_scale, y_softcap, Y_KIND)
+            y_top = tl.max(u, 1)
+            y_new = tl.maximum(y_max, y_top)
+            y_raised = y_new > y_max
+            b = tl.where(y_raised & (y_max > -float("inf")), (y_new - y_max) * it, 0.0)
+            f = tl.exp((u - offset(y_new)[:, None]) * it[:, None])
+
+        # The branches below are rare: few of a row's blocks hold its maximum so far.
+        if KL:
+            if any_of(x_raised | y_raised):
+                x_old = x_tail + total(x_max, 0.0)[:, None] * lane_0
+                y_old = y_tail + total(y_max, 0.0)[:, None] * lane_0
+                ratio = tl.sum(tl.exp(-b)[:, None] * y_old + f, 1) / tl.sum(tl.exp(-a)[:, None] * x_old + e, 1)
+                usable = (ratio > 1e-18) & (ratio < 1e18)
+                new_log_k = tl.where(usable, tl.log(tl.where(usable, ratio, 1.0)), 0.0)
+                new_log_k = tl.where(x_raised | y_raised, new_log_k, log_k)
+                x_move = (a - (new_log_k - log_k))[:, None]
+                y_move = b[:, None]
+                x_fade = tl.exp(-x_move)
+                y_fade = tl.exp(-y_move)
+                x_old *= tl.exp(log_k)[:, None]
+                s = y_move - x_move
+                if FORWARD:
+                    growth = growth_of(x_move, y_move, x_fade, y_fade)
+                    forward = shifted_kl(forward, growth, s, y_fade, x_old, y_old)
+                if REVERSE:
+                    growth = growth_of(y_move, x_move, y_fade, x_fade)
+                    reverse = shifted_kl(reverse, growth, -s, x_fade, y_old, x_old)
+                log_k = new_log_k
+                apart = (offset(x_new).to(tl.float64) - offset(y_new)) * it
+                far = tl.abs(apart) > 8.0
+                x_shift = tl.where(far, offset(x_new), 0.0)
+                y_shift = tl.where(far, offset(y_new), 0.0)
+                rest = (tl.where(far, 0.0, apart) - log_k).to(tl.float32)
+            p = tl.exp(log_k)[:, None] * e
+            d = ((t - x_shift[:, None]) - (u - y_shift[:, None])) * it[:, None] - rest[:, None]
+            if FORWARD:
+                forward += forward_kl_value(d, p, f, 0.0)
+            if REVERSE:
+                reverse += reverse_kl_value(d, p, f, 0.0)
+        if SQUARES:
+            square = e * e
+        if FIRST:
+            z = e * tl.maximum(z, FLOOR)
+        if SECOND:
+            zz = z * tl.maximum((t - offset(x_new)[:, None]) * it[:, None], FLOOR)
+        if any_of(x_top == x_new):
+            is_top = inside & (t == x_new[:, None])
+            if any_of(x_raised):
+                x_old = x_tail + total(x_max, 0.0)[:, None] * lane_0
+                fade = tl.exp(-a)[:, None]
+                c = tl.minimum(a, 200.0)[:, None]  # there exp(-c) is 0
+                if SECOND:
+                    second = tl.where(x_raised[:, None], fade * (second - 2.0 * c * first + c * c * x_old), second)
+                if FIRST:
+                    first = tl.where(x_raised[:, None], fade * (first - c * x_old), first)
+                if SQUARES:
+                    old = squares + total(x_max, 0.0)[:, None] * lane_0
+                    squares = tl.where(x_raised[:, None], fade * fade * old, squares)
+                if ARGMAX:
+                    argmax = tl.where(x_raised, start + tl.argmax(numbers, 1), argmax)
+                x_tail = tl.where(x_raised[:, None], fade * x_old, x_tail)
+            e = beside_maximum(e, is_top, x_raised, lane_0)
+            if SQUARES:
+                square = beside_maximum(square, is_top, x_raised, lane_0)
+        if PAIR:
+            if any_of(y_top == y_new):
+                is_top = inside & (u == y_new[:, None])
+                y_old = y_tail + total(y_max, 0.0)[:, None] * lane_0
+                y_tail = tl.where(y_raised[:, None], tl.exp(-b)[:, None] * y_old, y_tail)
+                f = beside_maximum(f, is_top, y_raised, lane_0)
+            y_tail += f
+            y_max = y_new
+        x_tail += e
+        x_max = x_new
+        if FIRST:
+            first += z
+        if SECOND:
+            second += zz
+        if SQUARES:
+            squares += square
+        if SUM:
+            added += tl.where(inside, t, 0.0)
+
+    # The tile is summed; what follows is some scalars a row, in float64.
+    it = it.to(tl.float64)
+    x_max = x_max.to(tl.float64)
+    x_sum = tl.where(x_max == float("inf"), float("nan"), row_sum(x_tail))
+    if PAIR:
+        y_max = y_max.to(tl.float64)
+        y_sum = tl.where(y_max == float("inf"), float("nan"), row_sum(y_tail))
+    if KL:
+        log_k = log_k.to(tl.float64)
+        back = tl.exp(-log_k)
+        p_total = tl.exp(log_k) * total(x_max, x_sum)
+        q_total = total(y_max, y_sum)
+    if FORWARD:
+        forward_sum = shifted_kl(
+            row_sum(forward), back - 1.0, -log_k, tl.full([ROWS], 1.0, tl.float64), p_total, q_total
+        )
+    if REVERSE:
+        reverse_sum = shifted_kl(row_sum(reverse), 1.0 - back, log_k, back, q_total, p_total)
+
+    state += row * FIELDS
+    if FRESH:
+        x_new = x_max
+    else:
+        # Both parts move to the higher maximum; the part that brings it keeps it apart, the other adds its own.
+        x_old_max = tl.load(state, mask=here, other=0.0)
+        x_old_tail = tl.load(state + 1, mask=here, other=0.0)
+        x_new = tl.maximum(x_old_max, x_max)
+        x_higher = x_max > x_old_max
+        x_old = total(x_old_max, x_old_tail)
+        x_own = total(x_max, x_sum)
+        a_old = tl.where(x_old_max > -float("inf"), (x_new - x_old_max) * it, 0.0)
+        a_own = tl.where(x_max > -float("inf"), (x_new - x_max) * it, 0.0)
+        x_fade_old = tl.exp(-a_old)
+        x_fade_own = tl.exp(-a_own)
+        x_sum = tl.where(x_higher, x_sum + x_old * x_fade_old, x_old_tail + x_own * x_fade_own)
+    tl.store(state, x_new, mask=here)
+    tl.store(state + 1, x_sum, mask=here)
+    if FIRST:
+        first_sum = row_sum(first)
+        if SECOND:
+            second_sum = row_sum(second)
+        if not FRESH:
+            old_first = tl.load(state + 2, mask=here, other=0.0)
+            if SECOND:
+                old_second = tl.load(state + 3, mask=here, other=0.0)
+                second_sum = x_fade_own * (second_sum - 2.0 * a_own * first_sum + a_own * a_own * x_own)
+                second_sum += x_fade_old * (old_second - 2.0 * a_old * old_first + a_old * a_old * x_old)
+            first_sum = x_fade_own * (first_sum - a_own * x_own) + x_fade_old * (old_first - a_old * x_old)
+        tl.store(state + 2, first_sum, mask=here)
+        if SECOND:
+            tl.store(state + 3, second_sum, mask=here)
+    if SQUARES:
+        squares_sum = row_sum(squares)
+        if not FRESH:
+            old_squares = tl.load(state + 4, mask=here, other=0.0)
+            from_old = x_fade_old * x_fade_old * total(x_old_max, old_squares)
+            from_own = x_fade_own * x_fade_own * total(x_max, squares_sum)
+            squares_sum = tl.where(x_higher, squares_sum + from_old, old_squares + from_own)
+        tl.store(state + 4, squares_sum, mask=here)
+    if SUM:
+        added_sum = row_sum(added)
+        if not FRESH:
+            added_sum += tl.load(state + 5, mask=here, other=0.0)
+        tl.store(state + 5, added_sum, mask=here)
+    if ARGMAX:
+        place = (argmax + first_column).to(tl.float64)
+        if not FRESH:
+            place = tl.where(x_higher, place, tl.load(state + 6, mask=here, other=0.0))
+        tl.store(state + 6, place, mask=here)
+    if PAIR:
+        if FRESH:
+            y_new = y_max
+        else:
+            y_old_max = tl.load(state + 7, mask=here, other=0.0)
+            y_old_tail = tl.load(state + 8, mask=here, other=0.0)
+            y_new = tl.maximum(y_old_max, y_max)
+            y_old = total(y_old_max, y_old_tail)
+            y_own = total(y_max, y_sum)
+            b_old = tl.where(y_old_max > -float("inf"), (y_new - y_old_max) * it, 0.0)
+            b_own = tl.where(y_max > -float("inf"), (y_new - y_max) * it, 0.0)
+            y_fade_old = tl.exp(-b_old)
+            y_fade_own = tl.exp(-b_own)
+            y_sum = tl.where(y_max > y_old_max, y_sum + y_old * y_fade_old, y_old_tail + y_own * y_fade_own)
+        tl.store(state + 7, y_new, mask=here)
+        tl.store(state + 8, y_sum, mask=here)
+    if FORWARD:
+        if not FRESH:
+            growth = x_fade_own - y_fade_own
+            forward_sum = shifted_kl(forward_sum, growth, b_own - a_own, y_fade_own, x_own, y_own)
+            old_forward = tl.load(state + 9, mask=here, other=0.0)
+            growth = x_fade_old - y_fade_old
+            forward_sum += shifted_kl(old_forward, growth, b_old - a_old, y_fade_old, x_old, y_old)
+        tl.store(state + 9, forward_sum, mask=here)
+    if REVERSE:
+        if not FRESH:
+            growth = y_fade_own - x_fade_own
+            reverse_sum = shifted_kl(reverse_sum, growth, a_own - b_own, x_fade_own, y_own, x_own)
+            old_reverse = tl.load(state + 10, mask=here, other=0.0)
+            growth = y_fade_old - x_fade_old
+            reverse_sum += shifted_kl(old_reverse, growth, a_old - b_old, x_fade_old, y_old, x_old)
+        tl.store(state + 10, reverse_sum, mask=here)
+
+    if LABELS > 0:
+        slot = tl.arange(0, LABEL_BLOCK)[None, :]
+        at = row[:, None] * LABELS + slot
+        known = here[:, None] & (slot < LABELS)
+        label = tl.load(labels + at, mask=known, other=-1) - first_column
+        found = known & (label >= 0) & (label < columns)
+        t = tl.load(x_first[:, None] + label, mask=found, other=0.0)
+        tl.store(label_logits + at, transformed(t, x_scale, x_softcap, X_KIND), mask=found)
+
+
+@triton.jit(do_not_specialize=COUNTS)
+def frames(
+    state,  # [rows, FIELDS] float64
+    inverse_temperature,  # [rows] float32
+    frame,  # [rows, FRAME] float32
+    rows,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """What `compare` and `gradient` subtract from logits, once a row: the float64 logarithms would cost every thread.
+
+    Student's maximum and log-norm, teacher's maximum and log-norm; then for d = z_x - z_y - log-norms either both
+    maxima and the rest, or, where the maxima are close and x - y keeps more digits, two zeros and all of it.
+    """
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    here = row < rows
+    state += row * FIELDS
+    it = tl.load(inverse_temperature + row, mask=here, other=1.0).to(tl.float64)
+    x_max = tl.load(state, mask=here, other=0.0)
+    y_max = tl.load(state + 7, mask=here, other=0.0)
+    x_norm = log1p(tl.load(state + 1, mask=here, other=0.0))
+    y_norm = log1p(tl.load(state + 8, mask=here, other=0.0))
+    x_norm = tl.where(x_max == -float("inf"), float("nan"), x_norm)
+    y_norm = tl.where(y_max == -float("inf"), float("nan"), y_norm)
+    x_offset = offset(x_max)
+    y_offset = offset(y_max)
+    apart = (x_offset - y_offset) * it
+    far = tl.abs(apart) > 8.0
+    rest = tl.where(far, 0.0, apart) + (x_norm - y_norm)
+    frame += row * FRAME
+    tl.store(frame, x_offset.to(tl.float32), mask=here)
+    tl.store(frame + 1, x_norm.to(tl.float32), mask=here)
+    tl.store(frame + 2, y_offset.to(tl.float32), mask=here)
+    tl.store(frame + 3, y_norm.to(tl.float32), mask=here)
+    tl.store(frame + 4, tl.where(far, x_offset, 0.0).to(tl.float32), mask=here)
+    tl.store(frame + 5, tl.where(far, y_offset, 0.0).to(tl.float32), mask=here)
+    tl.store(frame + 6, rest.to(tl.float32), mask=here)
+
+
+@function
+def framed(frame, row, here, INDEX: tl.constexpr):
+    """A column of the frame, as [ROWS, 1]."""
+    return tl.load(frame + row * FRAME + INDEX, mask=here, other=0.0)[:, None]
+
+
+@triton.jit(do_not_specialize=COUNTS)
+def compare(
+    x,
+    x_offsets,
+    x_stride,
+    x_scale,
+    x_softcap,
+    y,
+    y_offsets,
+    y_stride,
+    y_scale,
+    y_softcap,
+    inverse_temperature,  # [rows] float32
+    frame,  # [rows, FRAME] float32
+    parameter,
+    sums,  # [rows, sums_stride] float64: value, dlp, dlq of this divergence
+    sums_stride,
+    rows,
+    columns,
+    VALUE: tl.constexpr,
+    DLP: tl.constexpr,
+    DLQ: tl.constexpr,
+    X_KIND: tl.constexpr,
+    Y_KIND: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Adds a tile's sums of a divergence that needs finished normalisers: value, dlp and dlq."""
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    here = row < rows
+    lane = tl.arange(0, BLOCK)
+    it = tl.load(inverse_temperature + row, mask=here, other=1.0)[:, None]
+    x_first = first_of(x, x_offsets, x_stride, row, here)
+    y_first = first_of(y, y_offsets, y_stride, row, here)
+    x_max = framed(frame, row, here, 0)
+    x_norm = framed(frame, row, here, 1)
+    y_max = framed(frame, row, here, 2)
+    y_norm = framed(frame, row, here, 3)
+    x_shift = framed(frame, row, here, 4)
+    y_shift = framed(frame, row, here, 5)
+    rest = framed(frame, row, here, 6)
+    value = tl.zeros([ROWS, BLOCK], tl.float32)
+    dlp = tl.zeros([ROWS, BLOCK], tl.float32)
+    dlq = tl.zeros([ROWS, BLOCK], tl.float32)
+    for start in range(0, columns, BLOCK):
+        column = start + lane
+        inside = here[:, None] & (column < columns)[None, :]
+        t = read(x_first, column, inside, x_scale, x_softcap, X_KIND)
+        u = read(y_first, column, inside, y_scale, y_softcap, Y_KIND)
+        p = tl.exp((t - x_max) * it - x_norm)
+        q = tl.exp((u - y_max) * it - y_norm)
+        d = ((t - x_shift) - (u - y_shift)) * it - rest
+        value += tl.where(inside, VALUE(d, p, q, parameter), 0.0)
+        dlp += tl.where(inside, DLP(d, p, q, parameter), 0.0)
+        dlq += tl.where(inside, DLQ(d, p, q, parameter), 0.0)
+    sums += row * sums_stride
+    tl.store(sums, tl.load(sums, mask=here, other=0.0) + row_sum(value), mask=here)
+    tl.store(sums + 1, tl.load(sums + 1, mask=here, other=0.0) + row_sum(dlp), mask=here)
+    tl.store(sums + 2, tl.load(sums + 2, mask=here, other=0.0) + row_sum(dlq), mask=here)
+
+
+@triton.jit(do_not_specialize=COUNTS)
+def rank(
+    x,
+    x_offsets,
+    x_stride,
+    x_scale,
+    x_softcap,
+    label_logits,  # [rows, labels] float32
+    above,  # [rows, labels] int64
+    rows,
+    columns,
+    labels_per_row,
+    X_KIND: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Adds how many of a tile's logits are above each label's."""
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    here = row < rows
+    lane = tl.arange(0, BLOCK)
+    x_first = first_of(x, x_offsets, x_stride, row, here)
+    at = row * labels_per_row + tl.program_id(1)
+    label = tl.load(label_logits + at, mask=here, other=0.0)[:, None]
+    count = tl.zeros([ROWS, BLOCK], tl.int32)
+    for start in range(0, columns, BLOCK):
+        column = start + lane
+        inside = here[:, None] & (column < columns)[None, :]
+        t = read(x_first, column, inside, x_scale, x_softcap, X_KIND)
+        count += (t > label).to(tl.int32)
+    tl.store(above + at, tl.load(above + at, mask=here, other=0) + tl.sum(count, 1), mask=here)
+
+
+@function
+def write(gradient, first, column, inside, g, t, it, scale, softcap, KIND: tl.constexpr):
+    """Stores a gradient with respect to z, taken back through temperature and transform; 0 at -inf logits."""
+    if KIND == CAPPED:
+        capped = tl.div_rn(t, softcap + tl.zeros_like(t))
+        g = g * (it * scale * (1.0 - capped * capped))
+    elif KIND == SCALED:
+        g = g * (it * scale)
+    else:
+        g = g * it
+    g = tl.where(t == -float("inf"), 0.0, g)
+    tl.store(first[:, None] + column[None, :], g.to(gradient.dtype.element_ty), mask=inside)
+
+
+@triton.jit(do_not_specialize=COUNTS)
+def gradient(
+    x,
+    x_offsets,
+    x_stride,
+    x_scale,
+    x_softcap,
+    dx,
+    dx_offsets,
+    dx_stride,
+    y,
+    y_offsets,
+    y_stride,
+    y_scale,
+    y_softcap,
+    dy,
+    dy_offsets,
+    dy_stride,
+    inverse_temperature,  # [rows] float32
+    labels,  # [rows, LABELS] int64, in whole-vocabulary numbers
+    label_gains,  # [rows, LABELS] float32
+    frame,  # [rows, FRAME] float32
+    coefficients,  # [rows, 6 + terms] float32: c0 c1 c2 c3 c4 e0 gain...
+    parameters,  # one number a term
+    rows,
+    columns,
+    first_column,
+    DLP: tl.constexpr,  # a function a term
+    DLQ: tl.constexpr,
+    X_KIND: tl.constexpr,
+    Y_KIND: tl.constexpr,
+    POLYNOMIAL: tl.constexpr,  # whether c1 to c4 are in use
+    LABELS: tl.constexpr,
+    LABEL_BLOCK: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """dL/dx of some rows (see `fastdiv.statistics`), and dL/dy; either may overwrite its logits."""
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    here = row < rows
+    lane = tl.arange(0, BLOCK)
+    it = tl.load(inverse_temperature + row, mask=here, other=1.0)[:, None]
+    WIDTH: tl.constexpr = 6 + len(DLP)
+    coefficients += row * WIDTH
+    c0 = tl.load(coefficients, mask=here, other=0.0)[:, None]
+    x_first = first_of(x, x_offsets, x_stride, row, here)
+    if dx is not None:
+        dx_first = first_of(dx, dx_offsets, dx_stride, row, here)
+    if y is not None:
+        y_first = first_of(y, y_offsets, y_stride, row, here)
+        y_max = framed(frame, row, here, 2)
+        y_norm = framed(frame, row, here, 3)
+        x_shift = framed(frame, row, here, 4)
+        y_shift = framed(frame, row, here, 5)
+        rest = framed(frame, row, here, 6)
+        e0 = tl.load(coefficients + 5, mask=here, other=0.0)[:, None]
+    if dy is not None:
+        dy_first = first_of(dy, dy_offsets, dy_stride, row, here)
+    if POLYNOMIAL:
+        c1 = tl.load(coefficients + 1, mask=here, other=0.0)[:, None]
+        c2 = tl.load(coefficients + 2, mask=here, other=0.0)[:, None]
+        c3 = tl.load(coefficients + 3, mask=here, other=0.0)[:, None]
+        c4 = tl.load(coefficients + 4, mask=here, other=0.0)[:, None]
+    x_max = framed(frame, row, here, 0)
+    x_norm = framed(frame, row, here, 1)
+    if LABELS > 0:
+        slot = tl.arange(0, LABEL_BLOCK)[None, :]
+        at = row[:, None] * LABELS + slot
+        known = here[:, None] & (slot < LABELS)
+        label = tl.load(labels + at, mask=known, other=-1) - first_column
+        label_total = tl.sum(tl.load(label_gains + at, mask=known, other=0.0), 1)[:, None]
+
+    for start in range(0, columns, BLOCK):
+        column = start + lane
+        inside = here[:, None] & (column < columns)[None, :]
+        t = read(x_first, column, inside, x_scale, x_softcap, X_KIND)
+        lp = (t - x_max) * it - x_norm
+        p = tl.exp(lp)
+        g = c0 * p
+        if POLYNOMIAL:
+            bounded = tl.maximum(lp, FLOOR)
+            g += p * (bounded * (c1 + bounded * c2) + c3 * p) + c4
+        if LABELS > 0:
+            if any_of(tl.max(((label >= start) & (label < start + BLOCK)).to(tl.int32), 1)):
+                # At a label 1 - p = -expm1(log p) keeps its digits.
+                same = tl.zeros([ROWS, BLOCK], tl.float32)
+                for k in range(LABELS):
+                    own = tl.load(labels + row * LABELS + k, mask=here, other=-1)[:, None] - first_column
+                    gain = tl.load(label_gains + row * LABELS + k, mask=here, other=0.0)[:, None]
+                    same += tl.where(column[None, :] == own, gain, 0.0)
+                g -= (label_total - same) * p + tl.where(same == 0.0, 0.0, same * expm1(lp))
+            else:
+                g -= label_total * p
+        if y is not None:
+            u = read(y_first, column, inside, y_scale, y_softcap, Y_KIND)
+            q = tl.exp((u - y_max) * it - y_norm)
+            d = ((t - x_shift) - (u - y_shift)) * it - rest
+            h = e0 * q
+            for i in tl.static_range(len(DLP)):
+                gain = tl.load(coefficients + 6 + i, mask=here, other=0.0)[:, None]
+                g += gain * DLP[i](d, p, q, parameters[i])
+                if dy is not None:
+                    h += gain * DLQ[i](d, p, q, parameters[i])
+        if dx is not None:
+            write(dx, dx_first, column, inside, g, t, it, x_scale, x_softcap, X_KIND)
+        if dy is not None:
+            write(dy, dy_first, column, inside, h, u, it, y_scale, y_softcap, Y_KIND)
