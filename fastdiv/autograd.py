@@ -109,7 +109,8 @@ class LinearLoss(torch.autograd.Function):
         temperature: Tensor | None,
         *tensors: Tensor,
     ) -> Tensor:
-        problem = engine.Problem(request, list(tensors[:students]), list(tensors[students:]), labels, mask, temperature)
+        sides = list(tensors[:students]), list(tensors[students:])
+        problem = engine.Problem(request, *sides, labels, mask, temperature, drop_rows=True)
         needs = list(ctx.needs_input_grad[6:])
         total, gradients = engine.fused(problem, token_loss, needs)
         ctx.save_for_backward(*gradients)

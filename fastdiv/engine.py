@@ -6,6 +6,7 @@ import logging
 import math
 import os
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -14,7 +15,7 @@ from fastdiv import backends
 from fastdiv.planner import Plan, plan
 from fastdiv.request import Request
 from fastdiv.sources import work_dtype
-from fastdiv.statistics import Statistics, coefficients, empty_state, output_dtype, per_label, values, wanted
+from fastdiv.statistics import Sums, Tokens, empty_state, per_label, wanted
 from fastdiv.tiles import Given, Projected, Side, Tile
 
 _LOG = logging.getLogger("fastdiv")
@@ -33,7 +34,9 @@ class Problem:
         labels: Tensor | None,
         mask: Tensor | None,
         temperature: Tensor | None,
+        drop_rows: bool = False,
     ) -> None:
+        """`drop_rows`: masked rows must not appear at all, even to a backend that would skip them."""
         self.request = request
         self.backend = backends.get(request.backend)
         self.student, self.teacher = student, teacher
@@ -45,26 +48,40 @@ class Problem:
         k = 0 if labels is None else 1 if labels.shape == self.lead else labels.shape[-1]
         every = torch.empty(self.tokens, 0, dtype=torch.int64, device=self.device)
         every = every if labels is None else labels.reshape(self.tokens, k).long()
-        active = None if mask is None else mask.reshape(-1)
-        if k:
-            counted = (every != request.ignore_index).any(1)
-            active = counted if active is None else active & counted
-        # Flat numbers of the tokens that take part; None: all.
-        self.index = None if active is None or bool(active.all()) else active.nonzero()[:, 0]
-        self.labels = self.gather(every).contiguous()  # [rows, K]
-        self.ignored = self.labels == request.ignore_index
-        self.invalid = ~self.ignored & ((self.labels < 0) | (self.labels >= self.vocabulary))
+        mask = None if mask is None else mask.reshape(-1)
+        exist = len(student) == 1 and len(teacher) < 2
+        skip = exist and self.backend.skips_rows and not drop_rows
+        self.index = None if skip else self._active(every, mask)
+        self.rows = self.tokens if self.index is None else self.index.numel()
+        self.every_token = Tokens(
+            self._inverse_temperature(temperature),
+            self.gather(every).contiguous(),
+            request.ignore_index,
+            mask if skip else None,
+            self.vocabulary,
+        )
         self._check_labels()
-        self.inverse_temperature = self._inverse_temperature(temperature)
+
+    def _active(self, labels: Tensor, mask: Tensor | None) -> Tensor | None:
+        """Flat numbers of the tokens that take part; None: all.  Their count decides the size of every product, so
+        another device is waited for here, where there is a mask or a label."""
+        if labels.shape[1]:
+            counted = (labels != self.request.ignore_index).any(1)
+            mask = counted if mask is None else mask & counted
+        return None if mask is None or bool(mask.all()) else mask.nonzero()[:, 0]
 
     def _check_labels(self) -> None:
         # Looking at the labels of another device would wait for it: there the row becomes NaN instead.
         look = self.device.type == "cpu" or os.environ.get("FASTDIV_CHECK", "0") not in ("", "0")
-        if look and bool(self.invalid.any()):
-            row, column = (int(i) for i in self.invalid.nonzero()[0])
+        tokens = self.every_token
+        if not look or not tokens.labels.numel():
+            return
+        invalid = tokens.invalid if tokens.mask is None else tokens.invalid & tokens.mask[:, None]
+        if bool(invalid.any()):
+            row, column = (int(i) for i in invalid.nonzero()[0])
             raise IndexError(
                 f"labels: expected values in [0, {self.vocabulary}) or ignore_index {self.request.ignore_index}, "
-                f"got {int(self.labels[row, column])} at token {int(self.numbers[row])}"
+                f"got {int(tokens.labels[row, column])} at token {int(self.numbers[row])}"
             )
 
     def _inverse_temperature(self, temperature: Tensor | None) -> Tensor:
@@ -74,10 +91,6 @@ class Problem:
         if self.device.type == "cpu" and not bool((temperature > 0.0).all()):
             raise ValueError(f"temperature: expected numbers above 0, got {float(temperature.min())}")
         return self.gather(temperature.reshape(-1)).to(self.work).reciprocal()
-
-    @property
-    def rows(self) -> int:
-        return self.tokens if self.index is None else self.index.numel()
 
     @property
     def numbers(self) -> Tensor:
@@ -91,7 +104,8 @@ class Problem:
     def plan(self, full_rows: bool) -> Plan:
         projected = (len(self.student) > 1) + (len(self.teacher) > 1)
         itemsize = torch.finfo(self.work).bits // 8
-        result = plan(self.rows, self.vocabulary, projected, itemsize, self.request.workspace, full_rows)
+        cached = self.device.type == "cpu"
+        result = plan(self.rows, self.vocabulary, projected, itemsize, self.request.workspace, full_rows, cached)
         _LOG.info(
             "%s on %s: %d of %d tokens x %d, tiles of %d x %d",
             "+".join(self.request.outputs), self.backend.name, self.rows, self.tokens, self.vocabulary,
@@ -120,8 +134,7 @@ class Problem:
             teacher.tile(rows, columns) if teacher else None,
             columns.start,
             columns.stop - columns.start,
-            self.inverse_temperature[rows],
-            self.labels[rows],
+            self.every_token.part(rows),
         )
 
     def scatter(self, rows: Tensor) -> Tensor:
@@ -130,48 +143,24 @@ class Problem:
             return rows
         return rows.new_zeros(self.tokens, *rows.shape[1:]).index_copy_(0, self.index, rows)
 
-    def outputs(self, rows: slice, s: Statistics, sums: Tensor) -> dict[str, Tensor]:
-        """Output name -> [rows] or [rows, K], in the output's dtype, 0 at ignored labels."""
-        result = {}
-        for name, value in zip(self.request.outputs, values(self.request, s, sums), strict=True):
-            if per_label(name):
-                value = value.masked_fill(self.ignored[rows], 0)
-            result[name] = value.to(output_dtype(name, self.work))
-        return result
-
-
-class Sums:
-    """What the forward pass leaves of some rows."""
-
-    def __init__(self, problem: Problem) -> None:
-        rows, labels = problem.labels.shape
-        self.state = empty_state(rows, problem.device)
-        self.label_logits = torch.full((rows, labels), torch.nan, dtype=problem.work, device=problem.device)
-        self.compared = torch.zeros(rows, len(problem.request.compared), 3, dtype=torch.float64, device=problem.device)
-        self.rank = torch.zeros(rows, labels, dtype=torch.int64, device=problem.device)
-
-    def statistics(self, problem: Problem, rows: slice) -> Statistics:
-        return Statistics(
-            self.state[rows],
-            problem.inverse_temperature[rows],
-            problem.vocabulary,
-            problem.labels[rows],
-            self.label_logits[rows],
-            self.rank[rows],
-        )
+    def empty_sums(self) -> Sums:
+        """Before anything was added."""
+        shape = self.every_token.labels.shape
+        compared = torch.zeros(self.rows, len(self.request.compared), 3, dtype=torch.float64, device=self.device)
+        label_logits = torch.full(shape, torch.nan, dtype=self.work, device=self.device)
+        ranked = shape if "rank" in self.request.outputs else (self.rows, 0)
+        rank = torch.zeros(ranked, dtype=torch.int64, device=self.device)
+        return Sums(empty_state(self.rows, self.device), label_logits, compared, rank)
 
 
 def _accumulate(problem: Problem, sums: Sums, student: Side, teacher: Side | None, tiles: Plan, rows: slice) -> Tile:
     """Sums over all columns of some rows; returns the last tile (the only one where rows are full)."""
-    request = problem.request
+    request, part = problem.request, sums.part(rows)
     for columns in tiles.column_slices(problem.vocabulary):
         tile = problem.tile(student, teacher, rows, columns)
-        problem.backend.accumulate(tile, wanted(request), sums.state[rows], sums.label_logits[rows])
+        problem.backend.accumulate(tile, wanted(request), part.state, part.label_logits)
     if request.second_look:
-        rank = sums.rank[rows] if "rank" in request.outputs else None
-        problem.backend.compare(
-            tile, list(request.compared), sums.state[rows], sums.label_logits[rows], sums.compared[rows], rank
-        )
+        problem.backend.compare(tile, list(request.compared), part, "rank" in request.outputs)
     return tile
 
 
@@ -186,20 +175,14 @@ def _gradient(
 ) -> None:
     """Row gradients of some rows; `upstream` [rows] or [rows, K] each.  A tile that is still there is not made
     again."""
-    s = sums.statistics(problem, rows)
-    wide = {name: _per_label_gradient(problem, rows, name, g.double()) for name, g in upstream.items()}
-    c, terms = coefficients(problem.request, s, sums.compared[rows], wide)
-    count = rows.stop - rows.start
-    labels = torch.cat([torch.zeros(count, 0, dtype=torch.int64, device=problem.device), *c.labels], 1)
-    gains = torch.cat([torch.zeros(count, 0, dtype=torch.float64, device=problem.device), *c.gains], 1)
+    part = sums.part(rows)
+    prepared = problem.backend.prepare(problem.request, problem.every_token.part(rows), part, upstream)
     for columns, ready in tiles:
         tile = ready or problem.tile(student, teacher, rows, columns)
         problem.backend.gradient(
-            tile._replace(labels=labels),
-            terms,
-            sums.state[rows],
-            c.c.to(problem.work),
-            gains.to(problem.work),
+            tile,
+            prepared,
+            part.state,
             student.target(rows, columns),
             teacher.target(rows, columns) if teacher else None,
         )
@@ -208,27 +191,18 @@ def _gradient(
             teacher.absorb(rows, columns)
 
 
-def _per_label_gradient(problem: Problem, rows: slice, name: str, g: Tensor) -> Tensor:
-    """Upstream of a per-label output: 0 at ignored labels, NaN (so that the row shows it) at impossible ones."""
-    if not per_label(name):
-        return g
-    g = g.reshape(problem.ignored[rows].shape).masked_fill(problem.ignored[rows], 0.0)
-    return g.masked_fill(problem.invalid[rows], torch.nan)
-
-
 def forward(problem: Problem) -> tuple[list[Tensor], Tensor, Tensor]:
     """(outputs, state [tokens, len(STATE)], compared [tokens, C, 3])."""
     request = problem.request
     tiles = problem.plan(full_rows=request.second_look)
     student, teacher = problem.sides(tiles, [False] * (len(problem.student) + len(problem.teacher)))
-    sums = Sums(problem)
+    sums = problem.empty_sums()
     for rows in tiles.row_slices(problem.rows):
         _accumulate(problem, sums, student, teacher, tiles, rows)
-    everything = slice(0, problem.rows)
-    outputs = problem.outputs(everything, sums.statistics(problem, everything), sums.compared)
+    outputs = problem.backend.finish(request, problem.every_token, sums)
     shaped = [
         problem.scatter(value).reshape(problem.label_shape if per_label(name) else problem.lead)
-        for name, value in outputs.items()
+        for name, value in zip(request.outputs, outputs, strict=True)
     ]
     return shaped, problem.scatter(sums.state), problem.scatter(sums.compared)
 
@@ -239,8 +213,7 @@ def backward(
     """Gradients of every student and teacher tensor (None where `needs` is False)."""
     tiles = problem.plan(full_rows=False)
     student, teacher = problem.sides(tiles, needs)
-    sums = Sums(problem)
-    sums.state, sums.compared = problem.gather(state), problem.gather(compared)
+    sums = replace(problem.empty_sums(), state=problem.gather(state), compared=problem.gather(compared))
     lead = len(problem.lead)
     flat = {n: problem.gather(g.reshape(problem.tokens, *g.shape[lead:])) for n, g in upstream.items()}
     for rows in tiles.row_slices(problem.rows):
@@ -255,11 +228,12 @@ def fused(problem: Problem, token_loss: TokenLoss, needs: list[bool]) -> tuple[T
     student, teacher = problem.sides(tiles, needs)
     whole = slice(0, problem.vocabulary)
     total = torch.zeros((), dtype=torch.float64, device=problem.device)
-    sums, numbers = Sums(problem), problem.numbers
+    sums, numbers = problem.empty_sums(), problem.numbers
     for rows in tiles.row_slices(problem.rows):
         tile = _accumulate(problem, sums, student, teacher, tiles, rows)
-        values_ = problem.outputs(rows, sums.statistics(problem, rows), sums.compared[rows])
-        leaves = {n: v.detach().requires_grad_(v.is_floating_point() and any(needs)) for n, v in values_.items()}
+        outputs = problem.backend.finish(problem.request, problem.every_token.part(rows), sums.part(rows))
+        values = dict(zip(problem.request.outputs, outputs, strict=True))
+        leaves = {n: v.detach().requires_grad_(v.is_floating_point() and any(needs)) for n, v in values.items()}
         single = len(problem.label_shape) == len(problem.lead)
         with torch.enable_grad():
             shaped = {n: v[:, 0] if per_label(n) and single else v for n, v in leaves.items()}

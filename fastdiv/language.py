@@ -1,4 +1,4 @@
-"""The vocabulary of `fastdiv.pointwise`, on tensors of any floating dtype.
+"""The vocabulary of `fastdiv.pointwise` and `fastdiv.rowwise`, on tensors of any floating dtype.
 
 `csrc/language.h` has the same names for float.
 
@@ -18,6 +18,8 @@ Value = Tensor | float
 
 exp = torch.exp
 log = torch.log
+log1p = torch.log1p
+expm1 = torch.expm1
 abs = torch.abs
 
 

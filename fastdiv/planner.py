@@ -35,11 +35,14 @@ def _evenly(total: int, largest: int) -> int:
     return -(-total // -(-total // largest)) if total else 1
 
 
-def plan(rows: int, vocabulary: int, projected: int, itemsize: int, workspace: int, full_rows: bool) -> Plan:
+def plan(
+    rows: int, vocabulary: int, projected: int, itemsize: int, workspace: int, full_rows: bool, cached: bool
+) -> Plan:
     """The tile for `projected` sides (0, 1 or 2) whose logits must be formed, within `workspace` bytes for all of them.
 
     Logits that exist are one tile.  Sums that merge take all rows x a slice of the vocabulary, so that each slice of
-    the weight gradient is finished at one visit.  What needs a second look takes full rows.
+    the weight gradient is finished at one visit.  What needs a second look takes full rows.  `cached`: a tile is worth
+    keeping in a CPU's cache; a GPU's large products gain more from wide tiles.
     """
     if projected == 0:
         return Plan(max(rows, 1), vocabulary)
@@ -48,5 +51,5 @@ def plan(rows: int, vocabulary: int, projected: int, itemsize: int, workspace: i
         return Plan(_evenly(rows, budget // vocabulary), vocabulary)
     narrowest = min(_NARROWEST, vocabulary)
     tile_rows = _evenly(rows, budget // narrowest)
-    columns = max(narrowest, min(_TILE, budget) // tile_rows // 64 * 64)
+    columns = max(narrowest, (min(_TILE, budget) if cached else budget) // tile_rows // 64 * 64)
     return Plan(tile_rows, min(columns, vocabulary))

@@ -10,12 +10,13 @@ e0 q + sum of gain * dlq for the teacher: with L = sum l(lp), h = dl/dlp, dL/dz 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import torch
 from torch import Tensor
 
+from fastdiv import rowwise
 from fastdiv.divergences import DIVERGENCES, Divergence
 from fastdiv.request import Request
 
@@ -48,24 +49,58 @@ def empty_state(rows: int, device: torch.device) -> Tensor:
     return state
 
 
-class Statistics:
-    """The finished numbers of some rows, float64 [rows] each, computed when asked for."""
+@dataclass(frozen=True)
+class Tokens:
+    """What belongs to n rows beside their logits."""
 
-    def __init__(
-        self,
-        state: Tensor,  # [rows, len(STATE)]
-        inverse_temperature: Tensor,  # [rows]
-        vocabulary: int,
-        labels: Tensor,  # [rows, K]
-        label_logits: Tensor,  # [rows, K]
-        rank: Tensor,  # [rows, K]
-    ) -> None:
-        self._columns = dict(zip(STATE, state.unbind(1), strict=True))
-        self.inverse_temperature = inverse_temperature.double()
-        self.vocabulary = vocabulary
-        self.labels = labels
-        self.label_logits = label_logits
-        self.rank = rank
+    inverse_temperature: Tensor  # [n]
+    labels: Tensor  # [n, K] int64, in whole-vocabulary numbers
+    ignore_index: int
+    mask: Tensor | None  # [n] bool, for a backend that skips rows itself; else all rows take part
+    vocabulary: int
+
+    def part(self, rows: slice) -> Tokens:
+        """Those of some rows."""
+        if rows == slice(0, self.labels.shape[0]):
+            return self
+        mask = None if self.mask is None else self.mask[rows]
+        return replace(self, inverse_temperature=self.inverse_temperature[rows], labels=self.labels[rows], mask=mask)
+
+    @property
+    def ignored(self) -> Tensor:
+        """[n, K]."""
+        return self.labels == self.ignore_index
+
+    @property
+    def invalid(self) -> Tensor:
+        """[n, K] labels that are neither ids nor ignored."""
+        return ~self.ignored & ((self.labels < 0) | (self.labels >= self.vocabulary))
+
+
+@dataclass(frozen=True)
+class Sums:
+    """What one look or two at the logits of n rows leave."""
+
+    state: Tensor  # [n, len(STATE)] float64
+    label_logits: Tensor  # [n, K], NaN at labels outside the vocabulary
+    compared: Tensor  # [n, C, 3] float64: value, dlp, dlq of each divergence that needs a second look
+    rank: Tensor  # [n, K] int64; no rows where nobody wants it
+
+    def part(self, rows: slice) -> Sums:
+        """Those of some rows."""
+        return Sums(self.state[rows], self.label_logits[rows], self.compared[rows], self.rank[rows])
+
+
+class Statistics:
+    """The finished numbers of some rows, float64 [rows] each, computed when asked for by `fastdiv.rowwise`."""
+
+    def __init__(self, tokens: Tokens, sums: Sums) -> None:
+        self._columns = dict(zip(STATE, sums.state.unbind(1), strict=True))
+        self.inverse_temperature = tokens.inverse_temperature.double()
+        self.vocabulary = tokens.vocabulary
+        self.labels = tokens.labels
+        self.label_logits = sums.label_logits
+        self.rank = sums.rank
 
     def __getattr__(self, name: str) -> Tensor:
         try:
@@ -75,51 +110,41 @@ class Statistics:
 
     @cached_property
     def log_norm(self) -> Tensor:
-        """log sum exp(z - m); NaN for a row of -inf, which has no distribution."""
-        return torch.where(self.max == -torch.inf, torch.nan, torch.log1p(self.tail))
+        return rowwise.log_norm(self.max, self.tail)
 
     @cached_property
     def teacher_log_norm(self) -> Tensor:
-        return torch.where(self.teacher_max == -torch.inf, torch.nan, torch.log1p(self.teacher_tail))
-
-    @cached_property
-    def mean_shifted(self) -> Tensor:
-        """E_p[z - m]."""
-        return torch.where(self.max == -torch.inf, torch.nan, self.first / (1.0 + self.tail))
+        return rowwise.log_norm(self.teacher_max, self.teacher_tail)
 
     @cached_property
     def entropy(self) -> Tensor:
-        return self.log_norm - self.mean_shifted
+        return rowwise.entropy(self.max, self.tail, self.first)
 
     @cached_property
     def varentropy(self) -> Tensor:
-        return (self.second / (1.0 + self.tail) - self.mean_shifted**2).clamp(min=0.0)
+        return rowwise.varentropy(self.max, self.tail, self.first, self.second)
 
     @cached_property
     def log_sum_sq_probs(self) -> Tensor:
-        return torch.log1p(self.squares) - 2.0 * self.log_norm
+        return rowwise.log_sum_sq_probs(self.max, self.tail, self.squares)
 
     @cached_property
     def log_prob(self) -> Tensor:
         """[rows, K]."""
-        shifted = (self.label_logits - self.max[:, None]) * self.inverse_temperature[:, None]
-        return shifted - self.log_norm[:, None]
+        maximum, tail, it = (c[:, None] for c in (self.max, self.tail, self.inverse_temperature))
+        return rowwise.log_prob(maximum, tail, it, self.label_logits)
 
     @cached_property
-    def offset(self) -> Tensor:
-        """c: the offsets that `forward` and `reverse` were summed with have normalisers that differ by c, so each sum,
-        normalised, is KL + phi(+-c).  In float64 phi may be formed by subtraction: its error is about 1e-16 c."""
-        return self.log_norm - self.teacher_log_norm
+    def logsumexp(self) -> Tensor:
+        return rowwise.logsumexp(self.max, self.tail, self.inverse_temperature)
 
     @cached_property
     def forward_kl(self) -> Tensor:
-        phi = torch.expm1(self.offset) - self.offset
-        return (self.forward / (1.0 + self.teacher_tail) - phi).clamp(min=0.0)
+        return rowwise.kl(self.forward, self.teacher_tail, self.log_norm - self.teacher_log_norm)
 
     @cached_property
     def reverse_kl(self) -> Tensor:
-        phi = torch.expm1(-self.offset) + self.offset
-        return (self.reverse / (1.0 + self.tail) - phi).clamp(min=0.0)
+        return rowwise.kl(self.reverse, self.tail, self.teacher_log_norm - self.log_norm)
 
     def divergence(self, divergence: Divergence, sums: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         """Sums over the vocabulary of (value, dlp, dlq); `sums` [rows, 3] where a second look took them."""
@@ -199,7 +224,7 @@ def _mean_logit_gradient(s: Statistics, g: Tensor, c: Coefficients) -> None:
 OUTPUTS = {
     "log_prob": Output(lambda s: s.log_prob, _log_prob_gradient, per_label=True),
     "entropy": Output(lambda s: s.entropy, _entropy_gradient, ("first",)),
-    "logsumexp": Output(lambda s: s.max * s.inverse_temperature + torch.log1p(s.tail), _logsumexp_gradient),
+    "logsumexp": Output(lambda s: s.logsumexp, _logsumexp_gradient),
     "log_sum_sq_probs": Output(lambda s: s.log_sum_sq_probs, _log_sum_sq_probs_gradient, ("squares",)),
     "varentropy": Output(lambda s: s.varentropy, _varentropy_gradient, ("first", "second")),
     "max_log_prob": Output(lambda s: -s.log_norm, _max_log_prob_gradient, ("argmax",)),
@@ -235,36 +260,55 @@ def differentiable(name: str) -> bool:
     return name in DIVERGENCES or OUTPUTS[name].gradient is not None
 
 
-def values(request: Request, s: Statistics, sums: Tensor) -> list[Tensor]:
-    """The outputs of a request, [rows] or [rows, K] each; `sums` [rows, len(request.compared), 3]."""
-    compared = iter(sums.unbind(1))
+@dataclass(frozen=True)
+class Prepared:
+    """The linear map from a row's p and log p to its gradient, for given upstream gradients."""
+
+    c: Tensor  # [n, COEFFICIENTS + terms] in the work dtype: c0 c1 c2 c3 c4 e0, then a gain per term
+    labels: Tensor  # [n, G] int64
+    gains: Tensor  # [n, G] in the work dtype
+    terms: list[tuple[Divergence, float]]
+
+
+def finish(request: Request, tokens: Tokens, sums: Sums) -> list[Tensor]:
+    """The outputs of a request, [n] or [n, K] each; 0 at ignored labels."""
+    s, compared = Statistics(tokens, sums), iter(sums.compared.unbind(1))
     result = []
     for name in request.outputs:
         if name in OUTPUTS:
-            result.append(OUTPUTS[name].value(s))
+            value = OUTPUTS[name].value(s)
         else:
             divergence = DIVERGENCES[name]
-            result.append(s.divergence(divergence, next(compared) if divergence.one_pass is None else None)[0])
+            value = s.divergence(divergence, next(compared) if divergence.one_pass is None else None)[0]
+        if per_label(name):
+            value = value.masked_fill(tokens.ignored, 0)
+        result.append(value.to(output_dtype(name, tokens.inverse_temperature.dtype)))
     return result
 
 
-def coefficients(
-    request: Request, s: Statistics, sums: Tensor, upstream: dict[str, Tensor]
-) -> tuple[Coefficients, list[tuple[Divergence, float]]]:
-    """Coefficients for the outputs that have an upstream gradient ([rows] or [rows, K]), and the divergences of the
-    gains."""
+def prepare(request: Request, tokens: Tokens, sums: Sums, upstream: dict[str, Tensor]) -> Prepared:
+    """Coefficients for the outputs that have an upstream gradient, [n] or [n, K] each."""
     terms = [pair for pair in request.divergences if pair[0].name in upstream]
-    rows = sums.shape[0]
-    c = Coefficients(torch.zeros(rows, COEFFICIENTS + len(terms), dtype=torch.float64, device=sums.device))
+    s, work = Statistics(tokens, sums), tokens.inverse_temperature.dtype
+    c = Coefficients(sums.state.new_zeros(sums.state.shape[0], COEFFICIENTS + len(terms)))
     for name, g in upstream.items():
         if name in OUTPUTS and (gradient := OUTPUTS[name].gradient) is not None:
-            gradient(s, g, c)
+            gradient(s, _usable(name, g.double(), tokens), c)
     compared = [divergence for divergence, _ in request.compared]
     for i, (divergence, _) in enumerate(terms):
-        g = upstream[divergence.name]
-        own = sums[:, compared.index(divergence)] if divergence.one_pass is None else None
+        g = upstream[divergence.name].double()
+        own = sums.compared[:, compared.index(divergence)] if divergence.one_pass is None else None
         _, dlp, dlq = s.divergence(divergence, own)
         c.add(COEFFICIENTS + i, g)
         c.add(0, -g * dlp)
         c.add(5, -g * dlq)
-    return c, terms
+    labels = torch.cat([tokens.labels[:, :0], *c.labels], 1)
+    gains = torch.cat([sums.state[:, :0], *c.gains], 1)
+    return Prepared(c.c.to(work), labels, gains.to(work), terms)
+
+
+def _usable(name: str, g: Tensor, tokens: Tokens) -> Tensor:
+    """Upstream of a per-label output: 0 at ignored labels, NaN (so that the row shows it) at impossible ones."""
+    if not per_label(name):
+        return g
+    return g.reshape(tokens.labels.shape).masked_fill(tokens.ignored, 0.0).masked_fill(tokens.invalid, torch.nan)

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from fastdiv.divergences import Divergence
 from fastdiv.request import Transform
+from fastdiv.statistics import Tokens
 
 Terms = list[tuple[Divergence, float]]
 
@@ -57,8 +58,7 @@ class Tile(NamedTuple):
     teacher: Rows | None
     first_column: int
     columns: int
-    inverse_temperature: Tensor  # [n]
-    labels: Tensor  # [n, K] int64, in whole-vocabulary numbers
+    tokens: Tokens
 
 
 class Given:
@@ -104,6 +104,9 @@ class Projected:
 
     Only the rows in `index` take part (None: all).  Weight gradients are formed in the work dtype: straight into the
     result when each slice of the vocabulary is visited once (`one_visit`), else added up and rounded at the end.
+
+    A GPU multiplies 16-bit operands as they are, with float32 sums and results; there the gradient of a tile is 16-bit
+    too and lies in the first half of each of its rows.  A CPU, which rounds such sums, multiplies in the work dtype.
     """
 
     def __init__(
@@ -119,12 +122,14 @@ class Projected:
         hidden, self._weight = tensors[:2]
         self._bias = tensors[2] if len(tensors) == 3 else None
         self._shape, self._dtype, self._index, self._transform = hidden.shape, hidden.dtype, index, transform
+        same = hidden.dtype == self._weight.dtype and hidden.dtype in (torch.float16, torch.bfloat16)
+        self._operand = hidden.dtype if hidden.device.type == "cuda" and same else work
         flat = hidden.reshape(-1, hidden.shape[-1])
-        self._hidden = (flat if index is None else flat[index]).to(work)
+        self._hidden = (flat if index is None else flat[index]).to(self._operand)
         self._work = work
         self._buffer = torch.empty(tile_size, dtype=work, device=hidden.device)
         self._visited: set[int] = set()
-        self._d_hidden = torch.zeros_like(self._hidden) if needs[0] else None
+        self._d_hidden = torch.zeros_like(self._hidden, dtype=work) if needs[0] else None
         accumulator = self._weight.dtype if one_visit else work
         self._d_weight = torch.empty_like(self._weight, dtype=accumulator) if needs[1] else None
         self._d_bias = torch.zeros_like(self._bias, dtype=work) if self._bias is not None and needs[2] else None
@@ -134,37 +139,53 @@ class Projected:
         shape = (rows.stop - rows.start, columns.stop - columns.start)
         return self._buffer[: shape[0] * shape[1]].view(shape)
 
-    def _rows(self, tile: Tensor) -> Rows:
-        return Rows(tile, None, self._transform)
+    def _gradient(self, rows: slice, columns: slice) -> Tensor:
+        tile = self._view(rows, columns)
+        return tile if self._operand == self._work else tile.view(self._operand)[:, : tile.shape[1]]
 
     def tile(self, rows: slice, columns: slice) -> Rows:
-        out, weight = self._view(rows, columns), self._weight[columns].to(self._work)
+        out, weight = self._view(rows, columns), self._weight[columns].to(self._operand)
         if self._bias is None:
-            torch.mm(self._hidden[rows], weight.T, out=out)
-        else:
+            self._multiply(self._hidden[rows], weight.T, out)
+        elif self._operand == self._work:
             torch.addmm(self._bias[columns].to(self._work), self._hidden[rows], weight.T, out=out)
-        return self._rows(out)
+        else:
+            self._multiply(self._hidden[rows], weight.T, out).add_(self._bias[columns])
+        return Rows(out, None, self._transform)
 
     def target(self, rows: slice, columns: slice) -> Rows | None:
-        return self._rows(self._view(rows, columns)) if any(self._needs) else None
+        return Rows(self._gradient(rows, columns), None, self._transform) if any(self._needs) else None
 
     def absorb(self, rows: slice, columns: slice) -> None:
         if not any(self._needs):
             return
-        gradient = self._view(rows, columns)
+        gradient = self._gradient(rows, columns)
         if self._d_hidden is not None:
-            self._d_hidden[rows].addmm_(gradient, self._weight[columns].to(self._work))
+            self._add_product(self._d_hidden[rows], gradient, self._weight[columns].to(self._operand))
         if self._d_weight is not None:
             target, hidden = self._d_weight[columns], self._hidden[rows]
             if columns.start in self._visited:
-                target.addmm_(gradient.T, hidden)
-            elif target.dtype == self._work:
-                torch.mm(gradient.T, hidden, out=target)
+                self._add_product(target, gradient.T, hidden)
             else:
-                target.copy_(torch.mm(gradient.T, hidden))
+                self._multiply(gradient.T, hidden, target)
             self._visited.add(columns.start)
         if self._d_bias is not None:
-            self._d_bias[columns] += gradient.sum(0)
+            self._d_bias[columns] += gradient.sum(0, dtype=self._work)
+
+    def _multiply(self, a: Tensor, b: Tensor, out: Tensor) -> Tensor:
+        """out = a @ b."""
+        if out.dtype == self._operand:
+            return torch.mm(a, b, out=out)
+        if self._operand == self._work:
+            return out.copy_(torch.mm(a, b))
+        return torch.mm(a, b, out_dtype=out.dtype, out=out)
+
+    def _add_product(self, out: Tensor, a: Tensor, b: Tensor) -> None:
+        """out += a @ b, `out` in the work dtype."""
+        if self._operand == self._work:
+            out.addmm_(a, b)
+        else:
+            out.add_(torch.mm(a, b, out_dtype=self._work))
 
     def gradients(self) -> list[Tensor | None]:
         d_hidden = self._d_hidden

@@ -8,7 +8,7 @@ import torch
 import fastdiv
 from fastdiv.backends.native import Native
 from fastdiv.request import Transform
-from fastdiv.statistics import COEFFICIENTS, empty_state
+from fastdiv.statistics import COEFFICIENTS, Prepared, Tokens, empty_state
 from fastdiv.testing import assert_bitwise_equal
 from fastdiv.tiles import Rows, Tile
 
@@ -57,10 +57,11 @@ def test_gradient_into_the_last_rows() -> None:
     some = torch.randn(2, V, generator=torch.Generator().manual_seed(0)).to(torch.bfloat16)
     own = Rows(some, torch.arange(2), Transform())
     state, c = empty_state(2, some.device), torch.zeros(2, COEFFICIENTS)
-    tile = Tile(own, None, 0, V, torch.ones(2), torch.zeros(2, 0, dtype=torch.int64))
+    none = torch.zeros(2, 0)
+    tile = Tile(own, None, 0, V, Tokens(torch.ones(2), none.long(), -100, None, V))
     native.accumulate(tile, 0, state, torch.zeros(2, 0))
     c[:, 0] = 1.0
     target = Rows(gradient, torch.tensor(LAST), Transform())
-    native.gradient(tile, [], state, c, torch.zeros(2, 0), target, None)
+    native.gradient(tile, Prepared(c, none.long(), none, []), state, target, None)
     want = torch.softmax(some.float(), -1)
     assert (gradient[list(LAST)].float() - want).abs().max() <= 2.0**-8 * want.max()

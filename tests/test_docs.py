@@ -26,8 +26,8 @@ def test_examples_in_docstrings(name: str) -> None:
     try:
         module = importlib.import_module(name)
     except ImportError:
-        if name == "fastdiv.backends.native":
-            return  # absent builds are named in the report's header
+        if name.startswith(("fastdiv.backends.native", "fastdiv.backends.triton")):
+            return  # absent backends are named in the report's header
         raise
     names = {"torch": torch, "fastdiv": fastdiv, **vars(fastdiv)}
     assert doctest.testmod(module, extraglobs=names).failed == 0

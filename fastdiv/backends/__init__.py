@@ -1,58 +1,67 @@
 """Which backend sums and differentiates rows: `native` (C++ on a CPU), `triton` (GPUs) or `reference` (plain torch,
 every dtype and device).
 
-A backend is a module-like object with three operations on a `Tile`; it knows nothing of callers:
+A backend is five operations on rows; it knows nothing of callers:
 
-    accumulate(tile, wanted, state, label_logits)                   adds the tile's columns to the rows' state
-    compare(tile, terms, state, label_logits, compared, rank)       sums that need the finished normalisers
-    gradient(tile, terms, state, c, label_gains, student, teacher)  writes row gradients (see fastdiv.statistics)
+    accumulate  adds a tile's columns to the rows' state
+    compare     sums that need the finished normalisers: a second look
+    finish      from sums to outputs
+    prepare     from upstream gradients to the coefficients of the row gradient
+    gradient    writes row gradients (see fastdiv.statistics)
 """
 
 from __future__ import annotations
 
+import abc
 import logging
 import os
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from fastdiv import statistics
+from fastdiv.request import Request
+from fastdiv.statistics import Prepared, Sums, Tokens
 from fastdiv.tiles import Rows, Terms, Tile
 
 _LOG = logging.getLogger("fastdiv")
 
 
-class Backend(Protocol):
-    """The three row operations; arguments as described in the module's docstring."""
+class Backend(abc.ABC):
+    """The five operations.  The two that are O(rows) are plain torch unless a backend has its own."""
 
     name: str
+    skips_rows = False
+    """Whether it takes `Tokens.mask` itself, so that logits that exist need no list of their rows."""
 
-    def accumulate(self, tile: Tile, wanted: int, state: Tensor, label_logits: Tensor) -> None: ...
-
-    def compare(
-        self,
-        tile: Tile,
-        terms: Terms,
-        state: Tensor,
-        label_logits: Tensor,
-        compared: Tensor,
-        rank: Tensor | None,
-    ) -> None: ...
-
-    def gradient(
-        self,
-        tile: Tile,
-        terms: Terms,
-        state: Tensor,
-        c: Tensor,
-        label_gains: Tensor,
-        student: Rows | None,
-        teacher: Rows | None,
-    ) -> None: ...
-
+    @abc.abstractmethod
     def refuses(self, dtype: torch.dtype, device: torch.device) -> str | None:
         """Why inputs of this dtype and device cannot be taken, or None."""
-        ...
+
+    @abc.abstractmethod
+    def accumulate(self, tile: Tile, wanted: int, state: Tensor, label_logits: Tensor) -> None:
+        """Adds to `state` [n, len(STATE)] what `wanted` asks for, and finds the logits [n, K] of labels in the tile.
+
+        A tile that begins at column 0 is a row's first.
+        """
+
+    @abc.abstractmethod
+    def compare(self, tile: Tile, terms: Terms, sums: Sums, rank: bool) -> None:
+        """Adds to `sums.compared` [n, terms, 3], and with `rank` to `sums.rank` [n, K] the logits above a label's."""
+
+    def finish(self, request: Request, tokens: Tokens, sums: Sums) -> list[Tensor]:
+        """The outputs of a request, [n] or [n, K] each."""
+        return statistics.finish(request, tokens, sums)
+
+    def prepare(self, request: Request, tokens: Tokens, sums: Sums, upstream: dict[str, Tensor]) -> Prepared:
+        """What `gradient` needs to know of the upstream gradients, [n] or [n, K] each."""
+        return statistics.prepare(request, tokens, sums, upstream)
+
+    @abc.abstractmethod
+    def gradient(
+        self, tile: Tile, prepared: Prepared, state: Tensor, student: Rows | None, teacher: Rows | None
+    ) -> None:
+        """Writes the gradient of each logit to where `student` and `teacher` say; None: nobody wants it."""
 
 
 NAMES = ("native", "triton", "reference")

@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 
 from fastdiv import _C
+from fastdiv.backends import Backend
 from fastdiv.divergences import DIVERGENCES
-from fastdiv.statistics import STATE
+from fastdiv.statistics import STATE, Prepared, Sums
 from fastdiv.tiles import Rows, Terms, Tile
 
 _DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
@@ -19,20 +20,20 @@ if _C.divergences != list(DIVERGENCES) or _C.state_fields != len(STATE):
 class _Tile:
     """A `Tile` as the kernels take it; keeps the tensors alive that it points into."""
 
-    def __init__(self, tile: Tile) -> None:
+    def __init__(self, tile: Tile, labels: Tensor) -> None:
         self._alive: list[Tensor] = []
         student = self._logits(tile.student)
         teacher = self._logits(tile.teacher) if tile.teacher else _C.Logits(0, 0, 0, 1.0, 0.0)
-        inverse_temperature, labels = self.keep(tile.inverse_temperature), self.keep(tile.labels)
+        inverse_temperature = self.keep(tile.tokens.inverse_temperature)
         self.tile = _C.Tile(
             student,
             teacher,
-            tile.inverse_temperature.numel(),
+            tile.tokens.inverse_temperature.numel(),
             tile.columns,
             tile.first_column,
             inverse_temperature,
-            labels,
-            tile.labels.shape[1],
+            self.keep(labels),
+            labels.shape[1],
         )
 
     def keep(self, tensor: Tensor | None) -> int:
@@ -68,7 +69,7 @@ def _split(terms: Terms) -> tuple[list[int], list[float]]:
     return [_NUMBERS[divergence.name] for divergence, _ in terms], [parameter for _, parameter in terms]
 
 
-class Native:
+class Native(Backend):
     """Vectorised C++ over rows, one row per thread, with torch's number of threads."""
 
     name = "native"
@@ -82,32 +83,17 @@ class Native:
         return None
 
     def accumulate(self, tile: Tile, wanted: int, state: Tensor, label_logits: Tensor) -> None:
-        t = _Tile(tile)
+        t = _Tile(tile, tile.tokens.labels)
         _C.accumulate(t.tile, wanted, t.keep(state), t.keep(label_logits), torch.get_num_threads())
 
-    def compare(
-        self,
-        tile: Tile,
-        terms: Terms,
-        state: Tensor,
-        label_logits: Tensor,
-        compared: Tensor,
-        rank: Tensor | None,
-    ) -> None:
-        t = _Tile(tile)
-        addresses = t.keep(state), t.keep(label_logits), t.keep(compared), t.keep(rank)
-        _C.compare(t.tile, *_split(terms), *addresses, torch.get_num_threads())
+    def compare(self, tile: Tile, terms: Terms, sums: Sums, rank: bool) -> None:
+        t = _Tile(tile, tile.tokens.labels)
+        addresses = t.keep(sums.state), t.keep(sums.label_logits), t.keep(sums.compared)
+        _C.compare(t.tile, *_split(terms), *addresses, t.keep(sums.rank if rank else None), torch.get_num_threads())
 
     def gradient(
-        self,
-        tile: Tile,
-        terms: Terms,
-        state: Tensor,
-        c: Tensor,
-        label_gains: Tensor,
-        student: Rows | None,
-        teacher: Rows | None,
+        self, tile: Tile, prepared: Prepared, state: Tensor, student: Rows | None, teacher: Rows | None
     ) -> None:
-        t = _Tile(tile)
-        addresses = t.keep(state), t.keep(c), t.keep(label_gains), *t.target(student), *t.target(teacher)
-        _C.gradient(t.tile, *_split(terms), *addresses, torch.get_num_threads())
+        t = _Tile(tile, prepared.labels)
+        addresses = t.keep(state), t.keep(prepared.c), t.keep(prepared.gains), *t.target(student), *t.target(teacher)
+        _C.gradient(t.tile, *_split(prepared.terms), *addresses, torch.get_num_threads())

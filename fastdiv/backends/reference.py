@@ -7,9 +7,10 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from fastdiv.backends import Backend
 from fastdiv.divergences import DIVERGENCES
 from fastdiv.sources import transform
-from fastdiv.statistics import COEFFICIENTS, STATE, WANTED
+from fastdiv.statistics import COEFFICIENTS, STATE, WANTED, Prepared, Sums
 from fastdiv.tiles import Rows, Terms, Tile
 
 _ELEMENTS = 1 << 21  # of one [rows, columns] temporary; about a dozen are alive at once
@@ -32,7 +33,7 @@ def _write(rows: Rows, part: slice, gradient: Tensor, logits: Tensor, inverse_te
 
 def _parts(tile: Tile) -> Iterator[slice]:
     step = max(1, _ELEMENTS // tile.columns)
-    rows = tile.inverse_temperature.numel()
+    rows = tile.tokens.inverse_temperature.numel()
     return (slice(start, min(start + step, rows)) for start in range(0, rows, step))
 
 
@@ -119,22 +120,22 @@ def _log_probs(x: Tensor, maximum: Tensor, log_norm: Tensor, it: Tensor) -> Tens
 
 def _add_labels(
     tile: Tile,
+    prepared: Prepared,
     part: slice,
     x: Tensor,
     dx: Tensor,
     p: Tensor,
     state: dict[str, Tensor],
     log_norm: Tensor,
-    gains: Tensor,
 ) -> Tensor:
     """dx + sum_k gain_k ([v = label_k] - p); at the labels themselves 1 - p = -expm1(log p) keeps its digits."""
-    labels = tile.labels[part]
+    labels, gains = prepared.labels[part], prepared.gains[part]
     total = gains.sum(1, keepdim=True)
     same = (gains[:, None, :] * (labels[:, None, :] == labels[:, :, None])).sum(2)
     at = labels - tile.first_column
     here = (at >= 0) & (at < tile.columns)
     inside = at.clamp(0, tile.columns - 1)
-    it = tile.inverse_temperature[part].double()[:, None]
+    it = tile.tokens.inverse_temperature[part].double()[:, None]
     lp = (x.gather(1, inside).double() - state["max"][:, None]) * it - log_norm[:, None]
     exact = dx.gather(1, inside) - (same * torch.expm1(lp) + (total - same) * torch.exp(lp)).to(dx.dtype)
     # Labels outside the tile write into a column of their own, which is dropped.
@@ -142,7 +143,7 @@ def _add_labels(
     return spare.scatter(1, torch.where(here, at, tile.columns), exact)[:, :-1]
 
 
-class Reference:
+class Reference(Backend):
     """Row operations in plain torch, in float64 for float64 inputs and in float32 for everything else."""
 
     name = "reference"
@@ -154,8 +155,8 @@ class Reference:
     def accumulate(self, tile: Tile, wanted: int, state: Tensor, label_logits: Tensor) -> None:
         for part in _parts(tile):
             s = dict(zip(STATE, state[part].unbind(1), strict=True))
-            it = tile.inverse_temperature[part].double()
-            x = _read(tile.student, part, tile.inverse_temperature.dtype)
+            it = tile.tokens.inverse_temperature[part].double()
+            x = _read(tile.student, part, tile.tokens.inverse_temperature.dtype)
             grown = _Growing(x, s["max"], s["tail"], it)
             a, fade, total = grown.shift, torch.exp(-grown.shift), grown.old_total
             if wanted & WANTED["argmax"]:
@@ -174,7 +175,7 @@ class Reference:
                 s["sum"] = s["sum"] + _sum(x)
             s["max"], s["tail"] = grown.maximum, grown.tail
             if tile.teacher:
-                y = _read(tile.teacher, part, tile.inverse_temperature.dtype)
+                y = _read(tile.teacher, part, tile.tokens.inverse_temperature.dtype)
                 taught = _Growing(y, s["teacher_max"], s["teacher_tail"], it)
                 s["teacher_max"], s["teacher_tail"] = taught.maximum, taught.tail
                 if wanted & (WANTED["forward"] | WANTED["reverse"]):
@@ -189,68 +190,54 @@ class Reference:
             self._labels(tile, part, x, label_logits)
 
     def _labels(self, tile: Tile, part: slice, x: Tensor, label_logits: Tensor) -> None:
-        at = tile.labels[part] - tile.first_column
+        at = tile.tokens.labels[part] - tile.first_column
         here = (at >= 0) & (at < tile.columns)
         found = x.gather(1, at.clamp(0, tile.columns - 1))
         label_logits[part] = torch.where(here, found, label_logits[part])
 
-    def compare(
-        self,
-        tile: Tile,
-        terms: Terms,
-        state: Tensor,
-        label_logits: Tensor,
-        compared: Tensor,
-        rank: Tensor | None,
-    ) -> None:
+    def compare(self, tile: Tile, terms: Terms, sums: Sums, rank: bool) -> None:
         for part in _parts(tile):
-            x = _read(tile.student, part, tile.inverse_temperature.dtype)
-            if rank is not None:
-                for k in range(rank.shape[1]):
-                    rank[part, k] += (x > label_logits[part, k, None]).sum(1)
+            x = _read(tile.student, part, tile.tokens.inverse_temperature.dtype)
+            if rank:
+                for k in range(sums.rank.shape[1]):
+                    sums.rank[part, k] += (x > sums.label_logits[part, k, None]).sum(1)
             if not terms or tile.teacher is None:
                 continue
-            s = dict(zip(STATE, state[part].unbind(1), strict=True))
+            s = dict(zip(STATE, sums.state[part].unbind(1), strict=True))
             c = _Compared(
                 x,
-                _read(tile.teacher, part, tile.inverse_temperature.dtype),
+                _read(tile.teacher, part, tile.tokens.inverse_temperature.dtype),
                 s,
-                tile.inverse_temperature[part].double(),
+                tile.tokens.inverse_temperature[part].double(),
             )
             for i, (divergence, parameter) in enumerate(terms):
                 a = torch.full((), parameter, dtype=x.dtype, device=x.device)
                 for j, function in enumerate((divergence.value, divergence.dlp, divergence.dlq)):
-                    compared[part, i, j] += _sum(function(c.d, c.p, c.q, a))
+                    sums.compared[part, i, j] += _sum(function(c.d, c.p, c.q, a))
 
     def gradient(
-        self,
-        tile: Tile,
-        terms: Terms,
-        state: Tensor,
-        c: Tensor,
-        label_gains: Tensor,
-        student: Rows | None,
-        teacher: Rows | None,
+        self, tile: Tile, prepared: Prepared, state: Tensor, student: Rows | None, teacher: Rows | None
     ) -> None:
         for part in _parts(tile):
             s = dict(zip(STATE, state[part].unbind(1), strict=True))
-            it, x = tile.inverse_temperature[part], _read(tile.student, part, tile.inverse_temperature.dtype)
+            it, c = tile.tokens.inverse_temperature[part], prepared.c[part]
+            x = _read(tile.student, part, it.dtype)
             log_norm = torch.log1p(s["tail"])
             lp = _log_probs(x, s["max"], log_norm, it.double())
             p = torch.exp(lp)
-            c0, c1, c2, c3, c4, e0 = (v[:, None] for v in c[part, :COEFFICIENTS].unbind(1))
+            c0, c1, c2, c3, c4, e0 = (v[:, None] for v in c[:, :COEFFICIENTS].unbind(1))
             p_lp = _times(p, lp)
             dx = p * (c0 + c3 * p) + c1 * p_lp + c2 * _times(p_lp, lp) + c4
             if tile.teacher:
-                y = _read(tile.teacher, part, tile.inverse_temperature.dtype)
+                y = _read(tile.teacher, part, it.dtype)
                 pair = _Compared(x, y, s, it.double())
                 dy = e0 * pair.q
-                for i, (divergence, parameter) in enumerate(terms):
+                for i, (divergence, parameter) in enumerate(prepared.terms):
                     a = torch.full((), parameter, dtype=x.dtype, device=x.device)
-                    g = c[part, COEFFICIENTS + i, None]
+                    g = c[:, COEFFICIENTS + i, None]
                     dx = dx + g * divergence.dlp(pair.d, pair.p, pair.q, a)
                     dy = dy + g * divergence.dlq(pair.d, pair.p, pair.q, a)
-            dx = _add_labels(tile, part, x, dx, p, s, log_norm, label_gains[part])
+            dx = _add_labels(tile, prepared, part, x, dx, p, s, log_norm)
             # Both gradients are formed before either is stored: a target may be the logits' own memory.
             if student is not None:
                 _write(student, part, dx, x, it)

@@ -7,10 +7,14 @@ from __future__ import annotations
 
 import importlib.util
 import os
+from types import ModuleType
 
 import torch
 from torch import Tensor
 
+from fastdiv.backends import Backend
+from fastdiv.request import Request
+from fastdiv.statistics import Prepared, Sums, Tokens
 from fastdiv.tiles import Rows, Terms, Tile
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -20,13 +24,14 @@ def _interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
 
 
-class Triton:
+class Triton(Backend):
     """One program a row, any GPU that Triton compiles for.
 
     Raises ImportError where no kernel could run.
     """
 
     name = "triton"
+    skips_rows = True
 
     def __init__(self) -> None:
         if importlib.util.find_spec("triton") is None:
@@ -44,40 +49,29 @@ class Triton:
         return None
 
     def accumulate(self, tile: Tile, wanted: int, state: Tensor, label_logits: Tensor) -> None:
-        if tile.labels.shape[0]:
-            from fastdiv.backends.triton import launch
+        _launch().accumulate(tile, wanted, state, label_logits)
 
-            launch.accumulate(tile, wanted, state, label_logits, fresh=False)
+    def compare(self, tile: Tile, terms: Terms, sums: Sums, rank: bool) -> None:
+        if terms:
+            _launch().compare(tile, terms, sums)
+        if rank:
+            _launch().rank(tile, sums)
 
-    def compare(
-        self,
-        tile: Tile,
-        terms: Terms,
-        state: Tensor,
-        label_logits: Tensor,
-        compared: Tensor,
-        rank: Tensor | None,
-    ) -> None:
-        if tile.labels.shape[0]:
-            from fastdiv.backends.triton import launch
+    def finish(self, request: Request, tokens: Tokens, sums: Sums) -> list[Tensor]:
+        outputs: list[Tensor] = _launch().finish(request, tokens, sums)
+        return outputs
 
-            if terms:
-                launch.compare(tile, terms, launch.frames(state, tile.inverse_temperature), compared)
-            if rank is not None:
-                launch.rank(tile, label_logits, rank)
+    def prepare(self, request: Request, tokens: Tokens, sums: Sums, upstream: dict[str, Tensor]) -> Prepared:
+        prepared: Prepared = _launch().prepare(request, tokens, sums, upstream)
+        return prepared
 
     def gradient(
-        self,
-        tile: Tile,
-        terms: Terms,
-        state: Tensor,
-        c: Tensor,
-        label_gains: Tensor,
-        student: Rows | None,
-        teacher: Rows | None,
+        self, tile: Tile, prepared: Prepared, state: Tensor, student: Rows | None, teacher: Rows | None
     ) -> None:
-        if tile.labels.shape[0]:
-            from fastdiv.backends.triton import launch
+        _launch().gradient(tile, prepared, student, teacher)
 
-            frame = launch.frames(state, tile.inverse_temperature)
-            launch.gradient(tile, terms, frame, c, label_gains, student, teacher)
+
+def _launch() -> ModuleType:
+    from fastdiv.backends.triton import launch
+
+    return launch

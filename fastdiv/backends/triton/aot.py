@@ -8,13 +8,16 @@ it.  AMD: the wheel carries LLVM, and the assembly names its counts.
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
+import multiprocessing
 import pathlib
 import re
 import subprocess
 import tempfile
 import time
 from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,14 +31,16 @@ from fastdiv.backends.triton import blocks, launch
 from fastdiv.backends.triton.language import INTERPRETED
 from fastdiv.backends.triton.rows import COUNTS
 from fastdiv.divergences import DIVERGENCES
-from fastdiv.request import Transform
-from fastdiv.statistics import COEFFICIENTS, WANTED, empty_state
+from fastdiv.request import Request, Transform
+from fastdiv.statistics import OUTPUTS, WANTED, Sums, Tokens, differentiable, empty_state
 from fastdiv.tiles import Rows, Tile
 
 TARGETS = ("sm_80", "sm_90", "sm_100", "sm_120", "gfx942", "gfx950")
 
 VOCABULARY = 151936
 """Of the launches: the largest shapes of `blocks` are the ones that need most."""
+
+PLAIN, CAPPED = Transform(), Transform(0.5, 30.0)
 
 _TYPES = {
     torch.float64: "fp64",
@@ -99,44 +104,65 @@ def _recording(title: str, launches: list[Launch]) -> Iterator[None]:
         launch.run = original
 
 
-def _tile(dtype: torch.dtype, teacher: bool, transform: Transform, labels: int = 1) -> Tile:
+def _tokens(mask: bool) -> Tokens:
+    labels = torch.zeros(2, 1, dtype=torch.int64)
+    return Tokens(torch.ones(2), labels, -100, torch.ones(2, dtype=torch.bool) if mask else None, VOCABULARY)
+
+
+def _tile(dtype: torch.dtype, teacher: bool, transform: Transform, first: bool = True) -> Tile:
     side = Rows(torch.empty(2, VOCABULARY, dtype=dtype), None, transform)
-    return Tile(
-        side, side if teacher else None, 0, VOCABULARY, torch.ones(2), torch.zeros(2, labels, dtype=torch.int64)
-    )
+    return Tile(side, side if teacher else None, 0 if first else VOCABULARY, VOCABULARY, _tokens(first))
+
+
+def _request(outputs: tuple[str, ...]) -> Request:
+    parameters = tuple(0.5 if name in DIVERGENCES else 0.0 for name in outputs)
+    return Request.of(outputs, PLAIN, PLAIN, 1.0, parameters, -100, "triton", 0)
 
 
 def launches() -> list[Launch]:
-    """Every kernel that the backend can launch: each dtype, each set of sums that an operator asks for and all of
-    them at once, each divergence, with and without a transform, from logits and from a workspace."""
+    """What the backend launches: each dtype, with and without a transform; the sums of each operator and all sums at
+    once, from logits (the first tile) and added to earlier ones (a workspace's); each divergence."""
     result: list[Launch] = []
-    plain, capped = Transform(), Transform(0.5, 30.0)
     everything = sum(WANTED.values())
-    single = {"normaliser": 0, "entropy": WANTED["first"], "one model's": everything & ~96}
-    pairs = {"forward_kl": WANTED["forward"], "reverse_kl": WANTED["reverse"], "both models'": everything}
-    state, found = empty_state(2, torch.device("cpu")), torch.zeros(2, 1)
-    frame, sums = torch.zeros(2, 7), torch.zeros(2, 1, 3, dtype=torch.float64)
-    terms = [(d, d.parameter.default if d.parameter else 0.0) for d in DIVERGENCES.values()]
-    for dtype, transform in itertools.product((torch.bfloat16, torch.float16, torch.float32), (plain, capped)):
-        how = f"{str(dtype).removeprefix('torch.')}{' softcap' if transform is capped else ''}"
-        one, two = _tile(dtype, False, transform), _tile(dtype, True, transform)
-        for (name, wanted), fresh in itertools.product(single.items(), (True, False)):
-            with _recording(f"{how} {name} sums{'' if fresh else ', added'}", result):
-                launch.accumulate(one, wanted, state, found, fresh)
-        for (name, wanted), fresh in itertools.product(pairs.items(), (True, False)):
-            with _recording(f"{how} {name} sums{'' if fresh else ', added'}", result):
-                launch.accumulate(two, wanted, state, found, fresh)
-        for term in terms:
-            with _recording(f"{how} {term[0].name}", result):
-                launch.compare(two, [term], frame, sums)
-                c = torch.zeros(2, COEFFICIENTS + 1)
-                launch.gradient(two, [term], frame, c, found, two.student, two.teacher)
+    both = WANTED["forward"] | WANTED["reverse"]
+    single = {"normaliser": 0, "entropy": WANTED["first"], "one model": everything & ~both}
+    pair = {"forward_kl": WANTED["forward"], "reverse_kl": WANTED["reverse"], "both models": everything}
+    for dtype, transform in itertools.product((torch.bfloat16, torch.float16, torch.float32), (PLAIN, CAPPED)):
+        how = f"{str(dtype).removeprefix('torch.')}{' softcap' if transform is CAPPED else ''}"
+        for teacher, sets in ((False, single), (True, pair)):
+            for (name, wanted), first in itertools.product(sets.items(), (True, False)):
+                with _recording(f"{how}, {name}{'' if first else ', added'}", result):
+                    tile = _tile(dtype, teacher, transform, first)
+                    launch.accumulate(tile, wanted, *_empty(("rank",))[:2])
+        for outputs in (("log_prob",), ("log_prob", "entropy"), *((name,) for name in DIVERGENCES), tuple(DIVERGENCES)):
+            request, tokens = _request(outputs), _tokens(True)
+            with _recording(f"{how}, {'+'.join(outputs)}", result):
+                sums = Sums(*_empty(outputs))
+                tile = _tile(dtype, any(name in DIVERGENCES for name in outputs), transform)
+                if len(outputs) < len(DIVERGENCES):
+                    launch.compare(tile, list(request.compared), sums)
+                prepared = launch.prepare(request, tokens, sums, {name: torch.ones(2) for name in outputs})
+                launch.gradient(tile, prepared, tile.student, tile.teacher)
         with _recording(how, result):
-            launch.rank(one, found, torch.zeros(2, 1, dtype=torch.int64))
-            launch.gradient(one, [], frame, torch.zeros(2, COEFFICIENTS), found, one.student, None)
-    with _recording("", result):
-        launch.frames(state, torch.ones(2))
-    return result
+            launch.rank(_tile(dtype, False, transform), Sums(*_empty(("rank",))))
+    every = (*OUTPUTS, *DIVERGENCES)
+    with _recording(", ".join(every), result):
+        launch.finish(_request(every), _tokens(True), Sums(*_empty(every)))
+        differentiated = {name: torch.ones(2) for name in every if differentiable(name)}
+        launch.prepare(_request(every), _tokens(True), Sums(*_empty(every)), differentiated)
+    return _distinct(result)
+
+
+def _empty(outputs: tuple[str, ...]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(state, label logits, sums of a second look, ranks) of two rows."""
+    compared = torch.zeros(2, len(_request(outputs).compared), 3, dtype=torch.float64)
+    return empty_state(2, torch.device("cpu")), torch.zeros(2, 1), compared, torch.zeros(2, 1, dtype=torch.int64)
+
+
+def _distinct(every: list[Launch]) -> list[Launch]:
+    """Each kernel once for each set of types and fixed arguments."""
+    found = {(it.kernel.__name__, str(tuple(map(_type, it.arguments))), str(it.fixed)): it for it in reversed(every)}
+    return list(reversed(found.values()))
 
 
 def _type(value: Any) -> Any:
@@ -221,8 +247,21 @@ def narrow_pointers(ttir: str) -> list[str]:
     return narrow
 
 
+@functools.cache
+def _every() -> list[Launch]:
+    return launches()
+
+
+def _attempt(at: int, name: str) -> Report | str:
+    """The report of one of `launches`, or why it does not compile."""
+    try:
+        return compile_for(_every()[at], name)
+    except Exception as error:  # of Triton, LLVM or ptxas
+        return f"{type(error).__name__}: {error}"
+
+
 def check(targets: list[str], brief: bool = False) -> int:
-    """Compiles every launch for every target and prints what it needs.
+    """Compiles every launch for every target, on all cores, and prints what it needs.
 
     Returns:
         0, or 1 where a kernel does not compile, spills registers, or multiplies on the way to a pointer in 32 bits.
@@ -232,25 +271,24 @@ def check(targets: list[str], brief: bool = False) -> int:
     """
     if INTERPRETED:
         raise ValueError("TRITON_INTERPRET is set: kernels are interpreted and cannot be compiled; unset it")
-    every, failed = launches(), 0
-    print(f"triton {triton.__version__}: {len(every)} kernels for {', '.join(targets)}")
-    for name in targets:
-        most, seconds, bad = 0, 0.0, 0
-        if not brief:
-            print(f"\n{name:10}  {'kernel':11} {'registers':>9} {'stack':>6} {'shared':>7} {'seconds':>8}")
-        for it in every:
-            try:
-                report = compile_for(it, name)
-            except Exception as error:  # of Triton, LLVM or ptxas: whatever it is, this kernel does not compile
-                bad += 1
-                print(f"{name:10}  {it.kernel.__name__} ({it.title}) does not compile: {error}")
-                continue
-            most, seconds, bad = max(most, report.registers), seconds + report.seconds, bad + (not report.ok)
-            if not (brief and report.ok):
-                numbers = f"{report.registers:9} {report.stack:6} {report.shared:7} {report.seconds:8.2f}"
-                print(f"{name:10}  {it.kernel.__name__:11} {numbers}  {it.title}")
-            for line in report.narrow:
-                print(f"{name:10}  32-bit pointer arithmetic: {line}")
-        print(f"{name:10}  {len(every) - bad} of {len(every)} kernels pass, at most {most} registers, {seconds:.0f} s")
-        failed += bad
+    every, failed = _every(), 0
+    print(f"triton {triton.__version__}: {len(every)} kernels for {', '.join(targets)}", flush=True)
+    with ProcessPoolExecutor(mp_context=multiprocessing.get_context("spawn")) as pool:
+        for name in targets:
+            reports = list(pool.map(_attempt, range(len(every)), [name] * len(every)))
+            if not brief:
+                print(f"\n{name:10}  {'kernel':16} {'registers':>9} {'stack':>6} {'shared':>7} {'seconds':>8}")
+            for it, report in zip(every, reports, strict=True):
+                if isinstance(report, str):
+                    print(f"{name:10}  {it.kernel.__name__} ({it.title}) does not compile: {report}")
+                    continue
+                if not (brief and report.ok):
+                    numbers = f"{report.registers:9} {report.stack:6} {report.shared:7} {report.seconds:8.2f}"
+                    print(f"{name:10}  {it.kernel.__name__:16} {numbers}  {it.title}")
+                for line in report.narrow:
+                    print(f"{name:10}  32-bit pointer arithmetic: {line}")
+            good = [report for report in reports if isinstance(report, Report) and report.ok]
+            most, seconds = max((r.registers for r in good), default=0), sum(r.seconds for r in good)
+            print(f"{name:10}  {len(good)} of {len(every)} pass, at most {most} registers, {seconds:.0f} s", flush=True)
+            failed += len(every) - len(good)
     return 1 if failed else 0

@@ -17,17 +17,19 @@ class Shape(NamedTuple):
     warps: int
 
 
-# Elements a thread holds of each lane array: registers, which a kernel with many of them runs out of first.
+# A thread holds block / (32 warps) elements of every array: registers, which kernels with many arrays run out of first.
+# With 8 warps ptxas keeps to 128 registers a thread, and the kernels on two models spill; with 4 it takes 140.
 _LARGEST = {
-    # kernel          block  warps
-    "accumulate": (4096, 8),  # 16 a thread: up to four arrays of sums
-    "accumulate_pair": (2048, 8),  # 8 a thread: six arrays, and three exponentials' temporaries
-    "compare": (2048, 8),  # three arrays, two exponentials and the divergence's three functions
+    # kernel: (block, warps)
+    "accumulate": (4096, 8),
+    "accumulate_pair": (1024, 4),
+    "compare": (1024, 4),
     "rank": (4096, 8),
-    "gradient": (2048, 8),  # no sums, but both gradients' temporaries
+    "gradient": (2048, 8),
+    "gradient_pair": (1024, 4),
 }
 
-FRAMES = Shape(128, 1, 4)
+SCALARS = Shape(128, 1, 4)
 """A row is one thread's."""
 
 

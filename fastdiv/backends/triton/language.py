@@ -1,4 +1,4 @@
-"""What the kernels are written in: `fastdiv.pointwise` and its vocabulary as Triton functions.
+"""What the kernels are written in: `fastdiv.pointwise`, `fastdiv.rowwise` and their vocabulary as Triton functions.
 
 `csrc/language.h` has the same names for C++, `fastdiv.language` for torch.
 """
@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import inspect
 import os
 import types
@@ -14,7 +15,7 @@ import types
 import triton
 import triton.language as tl
 
-from fastdiv import pointwise
+from fastdiv import pointwise, rowwise
 from fastdiv.divergences import DIVERGENCES
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
@@ -99,18 +100,30 @@ def tanh(x):
     return tl.where(x < 0.0, -size, size)
 
 
-def _pointwise():
-    """`fastdiv.pointwise`'s functions by name: the same code, over this module's vocabulary."""
-    scope = {name: globals()[name] for name in ("exp", "log", "abs", "where", "phi", "psi", "tl")}
-    for name, f in vars(pointwise).items():
-        if inspect.isfunction(f) and f.__module__ == pointwise.__name__:
+@function
+def expm1_of_scalar(x):
+    """exp(x) - 1 in float64, to about 1e-16."""
+    return tl.exp(x) - 1.0
+
+
+def _compiled(module, **vocabulary):
+    """A module's functions by name: the same code, over other meanings of its words."""
+    scope = {"__name__": module.__name__, "tl": tl, **vocabulary}
+    for name, f in vars(module).items():
+        if inspect.isfunction(f) and f.__module__ == module.__name__:
             scope[name] = function(types.FunctionType(f.__code__, scope, name))
     return scope
 
 
-_SCOPE = _pointwise()
-forward_kl_value = _SCOPE["forward_kl_value"]
-reverse_kl_value = _SCOPE["reverse_kl_value"]
-VALUE = {name: _SCOPE[f"{name}_value"] for name in DIVERGENCES}
-DLP = {name: _SCOPE[f"{name}_dlp"] for name in DIVERGENCES}
-DLQ = {name: _SCOPE[f"{name}_dlq"] for name in DIVERGENCES}
+_POINTWISE = _compiled(pointwise, exp=exp, log=log, abs=abs, where=where, phi=phi, psi=psi)
+_ROWWISE = _compiled(rowwise, expm1=expm1_of_scalar, log1p=log1p, where=where)
+TEXT = hashlib.sha256("".join(map(inspect.getsource, (pointwise, rowwise))).encode()).hexdigest()[:16]
+"""Changes with the mathematics: Triton's cache does not look into functions that a kernel is given in a tuple."""
+
+forward_kl_value, reverse_kl_value = _POINTWISE["forward_kl_value"], _POINTWISE["reverse_kl_value"]
+VALUE = {name: _POINTWISE[f"{name}_value"] for name in DIVERGENCES}
+DLP = {name: _POINTWISE[f"{name}_dlp"] for name in DIVERGENCES}
+DLQ = {name: _POINTWISE[f"{name}_dlq"] for name in DIVERGENCES}
+
+log_norm, entropy, varentropy = _ROWWISE["log_norm"], _ROWWISE["entropy"], _ROWWISE["varentropy"]
+log_sum_sq_probs, log_prob, logsumexp, kl = (_ROWWISE[n] for n in ("log_sum_sq_probs", "log_prob", "logsumexp", "kl"))

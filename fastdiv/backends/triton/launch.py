@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,8 +11,10 @@ import triton
 from torch import Tensor
 from triton.errors import TritonError
 
-from fastdiv.backends.triton import blocks, language, rows
-from fastdiv.statistics import WANTED
+from fastdiv.backends.triton import blocks, language, rows, scalars
+from fastdiv.divergences import DIVERGENCES
+from fastdiv.request import Request
+from fastdiv.statistics import COEFFICIENTS, WANTED, Prepared, Sums, Tokens, output_dtype, per_label
 from fastdiv.tiles import Rows, Terms, Tile
 
 Arguments = tuple[Any, ...]
@@ -62,6 +64,8 @@ def run(kernel: Any, rows: int, shape: blocks.Shape, *arguments: Any, times: int
 
     A kernel that does not compile or run is an error that says what to do.
     """
+    if rows == 0:
+        return
     device = next(a.device for a in arguments if isinstance(a, Tensor))
     try:
         with _on(device):
@@ -84,9 +88,9 @@ def _on(device: torch.device) -> contextlib.AbstractContextManager[Any]:
     return torch.cuda.device(device)
 
 
-def accumulate(tile: Tile, wanted: int, state: Tensor, label_logits: Tensor, fresh: bool) -> None:
+def accumulate(tile: Tile, wanted: int, state: Tensor, label_logits: Tensor) -> None:
     """Adds a tile's columns to the state [n, len(STATE)] and finds logits of labels [n, K]."""
-    count, labels = tile.labels.shape
+    count, labels = tile.tokens.labels.shape
     shape = blocks.shape("accumulate_pair" if tile.teacher else "accumulate", tile.columns)
     run(
         rows.accumulate,
@@ -94,8 +98,10 @@ def accumulate(tile: Tile, wanted: int, state: Tensor, label_logits: Tensor, fre
         shape,
         *logits(tile.student),
         *logits(tile.teacher),
-        tile.inverse_temperature,
-        tile.labels,
+        tile.tokens.inverse_temperature,
+        tile.tokens.mask,
+        tile.tokens.labels,
+        tile.tokens.ignore_index,
         label_logits,
         state,
         count,
@@ -110,24 +116,128 @@ def accumulate(tile: Tile, wanted: int, state: Tensor, label_logits: Tensor, fre
         ARGMAX=bool(wanted & WANTED["argmax"]),
         FORWARD=bool(wanted & WANTED["forward"]),
         REVERSE=bool(wanted & WANTED["reverse"]),
-        FRESH=fresh,
+        FRESH=tile.first_column == 0,
         LABELS=labels,
         LABEL_BLOCK=blocks.power_of_two(labels),
     )
 
 
-def frames(state: Tensor, inverse_temperature: Tensor) -> Tensor:
-    """[n, FRAME] float32: what the second look and the gradient subtract from logits."""
+def _tokens(tokens: Tokens) -> Arguments:
+    return tokens.inverse_temperature, tokens.mask, tokens.labels, tokens.ignore_index
+
+
+def _labels(tokens: Tokens) -> dict[str, Any]:
+    labels = tokens.labels.shape[1]
+    return {"LABELS": labels, "LABEL_BLOCK": blocks.power_of_two(labels), "TEXT": language.TEXT}
+
+
+def _divergences(request: Request, names: tuple[str, ...]) -> dict[str, Any]:
+    """Of each name: its weights of the two KLs, or its place among the sums of the second look."""
+    places = {divergence.name: i for i, (divergence, _) in enumerate(request.compared)}
+    found = [DIVERGENCES.get(name) for name in names]
+    weights = [(d.one_pass if d else None) or (0.0, 0.0) for d in found]
+    return {
+        "NAMES": names,
+        "FORWARD": tuple(forward for forward, _ in weights),
+        "REVERSE": tuple(reverse for _, reverse in weights),
+        "COMPARED": tuple(places.get(name, -1) for name in names),
+    }
+
+
+def _frames(tokens: Tokens, state: Tensor) -> Tensor:
     count = state.shape[0]
     frame = torch.empty(count, rows.FRAME.value, dtype=torch.float32, device=state.device)
-    run(rows.frames, count, blocks.FRAMES, state, inverse_temperature, frame, count)
+    run(scalars.frames, count, blocks.SCALARS, state, *_tokens(tokens), frame, count, **_labels(tokens))
     return frame
 
 
-def compare(tile: Tile, terms: Terms, frame: Tensor, sums: Tensor) -> None:
-    """Adds sums [n, terms, 3] of value, dlp and dlq, a launch a divergence."""
-    count = frame.shape[0]
-    shape = blocks.shape("compare", tile.columns)
+def finish(request: Request, tokens: Tokens, sums: Sums) -> list[Tensor]:
+    """The outputs, all by one launch."""
+    count, labels = tokens.labels.shape
+    outputs = [
+        torch.empty(
+            (count, labels) if per_label(name) else (count,),
+            dtype=output_dtype(name, torch.float32),
+            device=sums.state.device,
+        )
+        for name in request.outputs
+    ]
+    run(
+        scalars.finish,
+        count,
+        blocks.SCALARS,
+        sums.state,
+        *_tokens(tokens),
+        sums.label_logits,
+        sums.compared,
+        sums.compared.stride(0),
+        sums.rank,
+        tuple(outputs),
+        tokens.vocabulary,
+        count,
+        **_divergences(request, request.outputs),
+        **_labels(tokens),
+    )
+    return outputs
+
+
+@dataclass(frozen=True)
+class Framed(Prepared):
+    """`Prepared`, and what the kernel subtracts from logits."""
+
+    frame: Tensor  # [n, FRAME] float32
+    polynomial: bool  # whether c1 to c4 are in use
+
+
+def prepare(request: Request, tokens: Tokens, sums: Sums, upstream: dict[str, Tensor]) -> Framed:
+    """Coefficients, label gains and frame, all by one launch."""
+    count, labels = tokens.labels.shape
+    device, names = sums.state.device, tuple(upstream)
+    terms = [pair for pair in request.divergences if pair[0].name in upstream]
+    places = {divergence.name: i for i, (divergence, _) in enumerate(terms)}
+    width = labels * ("log_prob" in upstream) + ("max_log_prob" in upstream)
+    given = [g.reshape(count, labels).contiguous() if per_label(n) else g.reshape(count) for n, g in upstream.items()]
+    result = Framed(
+        torch.empty(count, COEFFICIENTS + len(terms), dtype=torch.float32, device=device),
+        torch.empty(count, width, dtype=torch.int64, device=device),
+        torch.empty(count, width, dtype=torch.float32, device=device),
+        terms,
+        torch.empty(count, rows.FRAME.value, dtype=torch.float32, device=device),
+        any(name in _POLYNOMIAL for name in names),
+    )
+    run(
+        scalars.prepare,
+        count,
+        blocks.SCALARS,
+        sums.state,
+        *_tokens(tokens),
+        sums.compared,
+        sums.compared.stride(0),
+        tuple(given),
+        tuple(g.stride(0) for g in given),
+        result.frame,
+        result.c,
+        result.labels,
+        result.gains,
+        tokens.vocabulary,
+        count,
+        TERM=tuple(places.get(name, -1) for name in names),
+        TERMS=len(terms),
+        GAINS=width,
+        **_divergences(request, names),
+        **_labels(tokens),
+    )
+    return result
+
+
+_POLYNOMIAL = ("entropy", "log_sum_sq_probs", "varentropy", "mean_logit")
+"""Outputs whose gradient has terms in log p or p^2, or a constant."""
+
+
+def compare(tile: Tile, terms: Terms, sums: Sums) -> None:
+    """Adds sums of value, dlp and dlq, a launch a divergence."""
+    count = sums.state.shape[0]
+    frame, shape = _frames(tile.tokens, sums.state), blocks.shape("compare", tile.columns)
     for i, (divergence, parameter) in enumerate(terms):
         run(
             rows.compare,
@@ -135,11 +245,11 @@ def compare(tile: Tile, terms: Terms, frame: Tensor, sums: Tensor) -> None:
             shape,
             *logits(tile.student),
             *logits(tile.teacher),
-            tile.inverse_temperature,
+            tile.tokens.inverse_temperature,
             frame,
             float(parameter),
-            sums[:, i],
-            sums.stride(0),
+            sums.compared[:, i],
+            sums.compared.stride(0),
             count,
             tile.columns,
             VALUE=language.VALUE[divergence.name],
@@ -150,39 +260,32 @@ def compare(tile: Tile, terms: Terms, frame: Tensor, sums: Tensor) -> None:
         )
 
 
-def rank(tile: Tile, label_logits: Tensor, above: Tensor) -> None:
-    """Adds to `above` [n, K] how many of the tile's logits are above each label's."""
-    count, labels = above.shape
+def rank(tile: Tile, sums: Sums) -> None:
+    """Adds to `sums.rank` [n, K] how many of the tile's logits are above each label's."""
+    count, labels = sums.rank.shape
     shape = blocks.shape("rank", tile.columns)
     run(
         rows.rank,
         count,
         shape,
         *logits(tile.student),
-        label_logits,
-        above,
+        tile.tokens.mask,
+        sums.label_logits,
+        sums.rank,
         count,
         tile.columns,
         labels,
+        times=labels,
         X_KIND=kind(tile.student),
     )
 
 
-def gradient(
-    tile: Tile,
-    terms: Terms,
-    frame: Tensor,
-    c: Tensor,
-    label_gains: Tensor,
-    student: Rows | None,
-    teacher: Rows | None,
-) -> None:
+def gradient(tile: Tile, prepared: Framed, student: Rows | None, teacher: Rows | None) -> None:
     """Writes row gradients into the rows of `student` and `teacher`."""
-    count, labels = tile.labels.shape
-    shape = blocks.shape("gradient", tile.columns)
-    pair = bool(terms) or teacher is not None
-    other = tile.teacher if pair else None
-    functions: list[Callable[..., Any]] = [table[d.name] for table in (language.DLP, language.DLQ) for d, _ in terms]
+    count, labels = prepared.labels.shape
+    terms = prepared.terms
+    other = tile.teacher if terms or teacher else None
+    shape = blocks.shape("gradient_pair" if other else "gradient", tile.columns)
     run(
         rows.gradient,
         count,
@@ -191,20 +294,21 @@ def gradient(
         *place(student),
         *logits(other),
         *place(teacher),
-        tile.inverse_temperature,
-        tile.labels,
-        label_gains,
-        frame,
-        c,
+        tile.tokens.inverse_temperature,
+        prepared.labels,
+        prepared.gains,
+        prepared.frame,
+        prepared.c,
         tuple(float(parameter) for _, parameter in terms),
         count,
         tile.columns,
         tile.first_column,
-        DLP=tuple(functions[: len(terms)]),
-        DLQ=tuple(functions[len(terms) :]),
+        DLP=tuple(language.DLP[divergence.name] for divergence, _ in terms),
+        DLQ=tuple(language.DLQ[divergence.name] for divergence, _ in terms),
+        TEXT=language.TEXT,
         X_KIND=kind(tile.student),
         Y_KIND=kind(other),
-        POLYNOMIAL=True,
+        POLYNOMIAL=prepared.polynomial,
         LABELS=labels,
         LABEL_BLOCK=blocks.power_of_two(labels),
     )

@@ -18,7 +18,6 @@ from fastdiv.backends.triton.language import (
     expm1,
     forward_kl_value,
     function,
-    log1p,
     reverse_kl_value,
     tanh,
 )
@@ -30,10 +29,10 @@ PLAIN, SCALED, CAPPED = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 FIELDS = tl.constexpr(len(STATE))
 """Columns of the state, in the order of `fastdiv.statistics.STATE`."""
 
-FRAME = tl.constexpr(7)
-"""Columns of the frame that `frames` makes of the state."""
+FRAME = tl.constexpr(8)
+"""Columns of what `scalars.frames` makes of the state."""
 
-COUNTS = ("rows", "first_column", "sums_stride", "labels_per_row")
+COUNTS = ("rows", "first_column", "compared_stride", "labels_per_row", "ignore_index")
 """Numbers that no kernel is compiled for: another batch is not to compile again."""
 
 FLOOR = tl.constexpr(-1e4)
@@ -47,6 +46,26 @@ def first_of(tensor, offsets, stride, row, here):
         return tensor + row * stride
     else:
         return tensor + tl.load(offsets + row, mask=here, other=0)
+
+
+@function
+def taking_part(mask, labels, ignore_index, row, here, LABELS: tl.constexpr, LABEL_BLOCK: tl.constexpr):
+    """`here` without rows that are masked or whose labels are all ignored."""
+    if mask is not None:
+        here = here & (tl.load(mask + row, mask=here, other=0) != 0)
+    if LABELS > 0:
+        slot = tl.arange(0, LABEL_BLOCK)[None, :]
+        known = here[:, None] & (slot < LABELS)
+        label = tl.load(labels + row[:, None] * LABELS + slot, mask=known, other=0)
+        counted = known & (label != ignore_index)
+        here = tl.max(counted.to(tl.int32), 1) > 0
+    return here
+
+
+@function
+def last_column(columns, here):
+    """How far a program walks: rows that do not take part cost nothing."""
+    return tl.where(any_of(here), columns, 0)
 
 
 @function
@@ -134,7 +153,9 @@ def accumulate(
     y_scale,
     y_softcap,
     inverse_temperature,  # [rows] float32
+    mask,  # [rows] bool or None
     labels,  # [rows, LABELS] int64, in whole-vocabulary numbers
+    ignore_index,
     label_logits,  # [rows, LABELS] float32
     state,  # [rows, FIELDS] float64
     rows,
@@ -155,11 +176,11 @@ def accumulate(
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Adds a tile's columns to the state of its rows."""
+    """Adds a tile's columns to the state of its rows; nothing happens to rows that do not take part."""
     PAIR: tl.constexpr = y is not None
     KL: tl.constexpr = FORWARD or REVERSE
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    here = row < rows
+    here = taking_part(mask, labels, ignore_index, row, row < rows, LABELS, LABEL_BLOCK)
     lane = tl.arange(0, BLOCK)
     lane_0 = tl.where(lane == 0, 1.0, 0.0)[None, :]
     it = tl.load(inverse_temperature + row, mask=here, other=1.0)
@@ -191,7 +212,7 @@ def accumulate(
     if REVERSE:
         reverse = tl.zeros([ROWS, BLOCK], tl.float32)
 
-    for start in range(0, columns, BLOCK):
+    for start in range(0, last_column(columns, here), BLOCK):
         column = start + lane
         inside = here[:, None] & (column < columns)[None, :]
         t = read(x_first, column, inside, x_scale, x_softcap, X_KIND)
@@ -402,45 +423,6 @@ def accumulate(
         tl.store(label_logits + at, transformed(t, x_scale, x_softcap, X_KIND), mask=found)
 
 
-@triton.jit(do_not_specialize=COUNTS)
-def frames(
-    state,  # [rows, FIELDS] float64
-    inverse_temperature,  # [rows] float32
-    frame,  # [rows, FRAME] float32
-    rows,
-    ROWS: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """What `compare` and `gradient` subtract from logits, once a row: the float64 logarithms would cost every thread.
-
-    Student's maximum and log-norm, teacher's maximum and log-norm; then for d = z_x - z_y - log-norms either both
-    maxima and the rest, or, where the maxima are close and x - y keeps more digits, two zeros and all of it.
-    """
-    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    here = row < rows
-    state += row * FIELDS
-    it = tl.load(inverse_temperature + row, mask=here, other=1.0).to(tl.float64)
-    x_max = tl.load(state, mask=here, other=0.0)
-    y_max = tl.load(state + 7, mask=here, other=0.0)
-    x_norm = log1p(tl.load(state + 1, mask=here, other=0.0))
-    y_norm = log1p(tl.load(state + 8, mask=here, other=0.0))
-    x_norm = tl.where(x_max == -float("inf"), float("nan"), x_norm)
-    y_norm = tl.where(y_max == -float("inf"), float("nan"), y_norm)
-    x_offset = offset(x_max)
-    y_offset = offset(y_max)
-    apart = (x_offset - y_offset) * it
-    far = tl.abs(apart) > 8.0
-    rest = tl.where(far, 0.0, apart) + (x_norm - y_norm)
-    frame += row * FRAME
-    tl.store(frame, x_offset.to(tl.float32), mask=here)
-    tl.store(frame + 1, x_norm.to(tl.float32), mask=here)
-    tl.store(frame + 2, y_offset.to(tl.float32), mask=here)
-    tl.store(frame + 3, y_norm.to(tl.float32), mask=here)
-    tl.store(frame + 4, tl.where(far, x_offset, 0.0).to(tl.float32), mask=here)
-    tl.store(frame + 5, tl.where(far, y_offset, 0.0).to(tl.float32), mask=here)
-    tl.store(frame + 6, rest.to(tl.float32), mask=here)
-
-
 @function
 def framed(frame, row, here, INDEX: tl.constexpr):
     """A column of the frame, as [ROWS, 1]."""
@@ -462,8 +444,8 @@ def compare(
     inverse_temperature,  # [rows] float32
     frame,  # [rows, FRAME] float32
     parameter,
-    sums,  # [rows, sums_stride] float64: value, dlp, dlq of this divergence
-    sums_stride,
+    sums,  # [rows, compared_stride] float64: value, dlp, dlq of this divergence
+    compared_stride,
     rows,
     columns,
     VALUE: tl.constexpr,
@@ -477,6 +459,7 @@ def compare(
     """Adds a tile's sums of a divergence that needs finished normalisers: value, dlp and dlq."""
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     here = row < rows
+    here = here & (tl.load(frame + row * FRAME + 7, mask=here, other=0.0) > 0.0)
     lane = tl.arange(0, BLOCK)
     it = tl.load(inverse_temperature + row, mask=here, other=1.0)[:, None]
     x_first = first_of(x, x_offsets, x_stride, row, here)
@@ -491,7 +474,7 @@ def compare(
     value = tl.zeros([ROWS, BLOCK], tl.float32)
     dlp = tl.zeros([ROWS, BLOCK], tl.float32)
     dlq = tl.zeros([ROWS, BLOCK], tl.float32)
-    for start in range(0, columns, BLOCK):
+    for start in range(0, last_column(columns, here), BLOCK):
         column = start + lane
         inside = here[:, None] & (column < columns)[None, :]
         t = read(x_first, column, inside, x_scale, x_softcap, X_KIND)
@@ -502,7 +485,7 @@ def compare(
         value += tl.where(inside, VALUE(d, p, q, parameter), 0.0)
         dlp += tl.where(inside, DLP(d, p, q, parameter), 0.0)
         dlq += tl.where(inside, DLQ(d, p, q, parameter), 0.0)
-    sums += row * sums_stride
+    sums += row * compared_stride
     tl.store(sums, tl.load(sums, mask=here, other=0.0) + row_sum(value), mask=here)
     tl.store(sums + 1, tl.load(sums + 1, mask=here, other=0.0) + row_sum(dlp), mask=here)
     tl.store(sums + 2, tl.load(sums + 2, mask=here, other=0.0) + row_sum(dlq), mask=here)
@@ -515,6 +498,7 @@ def rank(
     x_stride,
     x_scale,
     x_softcap,
+    mask,  # [rows] bool or None
     label_logits,  # [rows, labels] float32
     above,  # [rows, labels] int64
     rows,
@@ -526,13 +510,13 @@ def rank(
 ):
     """Adds how many of a tile's logits are above each label's."""
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    here = row < rows
+    here = taking_part(mask, None, 0, row, row < rows, 0, 1)
     lane = tl.arange(0, BLOCK)
     x_first = first_of(x, x_offsets, x_stride, row, here)
     at = row * labels_per_row + tl.program_id(1)
     label = tl.load(label_logits + at, mask=here, other=0.0)[:, None]
     count = tl.zeros([ROWS, BLOCK], tl.int32)
-    for start in range(0, columns, BLOCK):
+    for start in range(0, last_column(columns, here), BLOCK):
         column = start + lane
         inside = here[:, None] & (column < columns)[None, :]
         t = read(x_first, column, inside, x_scale, x_softcap, X_KIND)
@@ -583,6 +567,7 @@ def gradient(
     first_column,
     DLP: tl.constexpr,  # a function a term
     DLQ: tl.constexpr,
+    TEXT: tl.constexpr,  # of the mathematics
     X_KIND: tl.constexpr,
     Y_KIND: tl.constexpr,
     POLYNOMIAL: tl.constexpr,  # whether c1 to c4 are in use
@@ -591,9 +576,13 @@ def gradient(
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """dL/dx of some rows (see `fastdiv.statistics`), and dL/dy; either may overwrite its logits."""
+    """dL/dx of some rows (see `fastdiv.statistics`), and dL/dy.
+
+    Either may overwrite its logits, whole or in the first half of a row: a step has read all it needs.
+    """
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     here = row < rows
+    active = here & (tl.load(frame + row * FRAME + 7, mask=here, other=0.0) > 0.0)
     lane = tl.arange(0, BLOCK)
     it = tl.load(inverse_temperature + row, mask=here, other=1.0)[:, None]
     WIDTH: tl.constexpr = 6 + len(DLP)
@@ -629,7 +618,8 @@ def gradient(
     for start in range(0, columns, BLOCK):
         column = start + lane
         inside = here[:, None] & (column < columns)[None, :]
-        t = read(x_first, column, inside, x_scale, x_softcap, X_KIND)
+        present = inside & active[:, None]  # a row that does not take part has logits of -inf, so gradients of 0
+        t = read(x_first, column, present, x_scale, x_softcap, X_KIND)
         lp = (t - x_max) * it - x_norm
         p = tl.exp(lp)
         g = c0 * p
@@ -648,7 +638,7 @@ def gradient(
             else:
                 g -= label_total * p
         if y is not None:
-            u = read(y_first, column, inside, y_scale, y_softcap, Y_KIND)
+            u = read(y_first, column, present, y_scale, y_softcap, Y_KIND)
             q = tl.exp((u - y_max) * it - y_norm)
             d = ((t - x_shift) - (u - y_shift)) * it - rest
             h = e0 * q
@@ -657,6 +647,8 @@ def gradient(
                 g += gain * DLP[i](d, p, q, parameters[i])
                 if dy is not None:
                     h += gain * DLQ[i](d, p, q, parameters[i])
+        if dx is not None or dy is not None:
+            tl.debug_barrier()  # a 16-bit gradient may lie in the first half of its row of float32 logits
         if dx is not None:
             write(dx, dx_first, column, inside, g, t, it, x_scale, x_softcap, X_KIND)
         if dy is not None:
