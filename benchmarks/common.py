@@ -10,15 +10,15 @@ import torch
 from torch import Tensor
 
 from .floors import Floor
-from .timing import Meter, interleave, wall_seconds
+from .timing import Meter, interleave, meter
 
 Tensors = dict[str, Tensor]
 Contestant = Callable[..., Tensors]
 """From a case's inputs, by name, to its outputs; "loss" is what the gradient is taken of."""
 EAGER, COMPILE, FASTDIV, FLOOR = "eager", "torch.compile", "fastdiv", "floor"
 # Of a tensor's largest magnitude.  Plain torch in float32 is what is inexact: its js gradient at 512 x 49152 is 3e-4
-# off, as float64 shows, and fastdiv's 6e-6.
-_TOLERANCE = 1e-3
+# off, as float64 shows, and fastdiv's 6e-6.  In bfloat16 a gradient is rounded to 4e-3 of itself.
+TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 1e-2}
 
 
 class Disagreement(RuntimeError):
@@ -27,6 +27,22 @@ class Disagreement(RuntimeError):
 
 class Unavailable(RuntimeError):
     """A contestant cannot run on this machine."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where the cases run, and on what: `name` chooses their sizes."""
+
+    name: str
+    device: str
+    dtype: torch.dtype
+
+    def generator(self) -> torch.Generator:
+        """The same numbers in every process."""
+        return torch.Generator(self.device).manual_seed(0)
+
+
+PLACES = {"cpu": Place("cpu", "cpu", torch.float32), "cuda": Place("cuda", "cuda", torch.bfloat16)}
 
 
 @dataclass(frozen=True)
@@ -54,6 +70,8 @@ class Result:
     unit: str = ""
     absent: dict[str, str] = field(default_factory=dict)
     """Why a contestant is missing."""
+    moved: float | None = None
+    """Bytes that fastdiv's kernels read and write, where that is all they do."""
     memory: dict[str, dict[str, int]] = field(default_factory=dict)
     """Per contestant, bytes: "peak" beyond the inputs; "results", held by outputs and gradients at the end."""
 
@@ -71,6 +89,10 @@ class Case:
         timed: "forward" (without autograd), "backward", or "forward + backward".
         gradients: names of the inputs whose gradient is asked for.
         rounds: how often each contestant is timed, unless the command line says.
+        device: where the inputs are.
+        tolerance: how far a result may be off, of its tensor's largest magnitude.
+        moved: bytes that fastdiv's kernels read and write (`floors.bytes_moved`), for a work from logits.
+        guests: contestants of other packages; one that computes something else is left out and named.
     """
 
     name: str
@@ -81,6 +103,10 @@ class Case:
     timed: Literal["forward", "backward", "forward + backward"]
     gradients: tuple[str, ...]
     rounds: int
+    device: str = "cpu"
+    tolerance: float = TOLERANCE[torch.float32]
+    moved: float | None = None
+    guests: tuple[str, ...] = ()
 
     def inputs(self) -> Tensors:
         tensors = self.make()
@@ -110,28 +136,19 @@ class Case:
     def run(self, settings: Settings) -> Result:
         """Warms up, checks that all contestants agree, chooses the floor, and times all of them in interleaved rounds.
 
+        Who cannot run, or runs out of memory, is named in `Result.absent`.
+
         Raises:
             Disagreement: a contestant's result differs from eager torch's.
         """
-        inputs = self.inputs()
-        contestants = dict(self.contestants)
-        absent: dict[str, str] = {}
-        if COMPILE in contestants and not settings.compile:
-            del contestants[COMPILE]
-            absent[COMPILE] = "switched off"
-        results = {}
-        for name in list(contestants):
-            try:
-                results[name] = self.execute(contestants[name], inputs, wall_seconds)[1]
-            except Unavailable as error:
-                absent[name] = str(error)
-                del contestants[name]
-        check_agreement(self.name, results)
-        results.clear()
-        floor, choices = self.floor.fastest(inputs, wall_seconds)
-        measures: dict[str, Callable[[], float]] = {FLOOR: lambda: wall_seconds(floor)[0]}
-        for name, contestant in contestants.items():
-            measures[name] = lambda c=contestant: self.execute(c, inputs, wall_seconds)[0]  # type: ignore[misc]
+        inputs, seconds = self.inputs(), meter(self.device)
+        present, absent = self._warm(inputs, seconds, settings)
+        if not present:
+            raise Unavailable("; ".join(f"{name}: {reason}" for name, reason in absent.items()))
+        floor, choices = self.floor.fastest(inputs, seconds)
+        measures: dict[str, Callable[[], float]] = {FLOOR: lambda: seconds(floor)[0]}
+        for name, contestant in present.items():
+            measures[name] = lambda c=contestant: self.execute(c, inputs, seconds)[0]  # type: ignore[misc]
         times = interleave(measures, settings.rounds or self.rounds)
         return Result(
             self.shape,
@@ -142,7 +159,43 @@ class Case:
             self.floor.amount,
             self.floor.unit,
             absent,
+            self.moved,
         )
+
+    def _warm(
+        self, inputs: Tensors, seconds: Meter, settings: Settings
+    ) -> tuple[dict[str, Contestant], dict[str, str]]:
+        """Everyone once: those who can run and agree with the first of them, and why the others are absent."""
+        present: dict[str, Contestant] = {}
+        absent: dict[str, str] = {}
+        results: dict[str, Tensors] = {}
+        for name, contestant in self.contestants.items():
+            if name == COMPILE and not settings.compile:
+                absent[name] = "switched off"
+                continue
+            try:
+                result = self.execute(contestant, inputs, seconds)[1]
+                check_agreement(self.name, {**results, name: result}, self.tolerance)
+            except Disagreement as error:
+                if name not in self.guests:
+                    raise
+                absent[name] = str(error)
+            except torch.OutOfMemoryError as error:
+                absent[name] = f"out of memory: {_first_line(error)}"
+            except Unavailable as error:
+                absent[name] = str(error)
+            except RuntimeError as error:
+                if name in (EAGER, FASTDIV):
+                    raise
+                absent[name] = f"failed: {_first_line(error)}"
+            else:
+                present[name] = contestant
+                results = results or {name: result}
+        return present, absent
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).splitlines()), type(error).__name__)
 
 
 def standard(eager: Contestant, ours: Contestant) -> dict[str, Contestant]:
@@ -168,10 +221,10 @@ def compiled(function: Contestant) -> Contestant:
     return call
 
 
-def check_agreement(case: str, results: Mapping[str, Tensors]) -> None:
+def check_agreement(case: str, results: Mapping[str, Tensors], tolerance: float = TOLERANCE[torch.float32]) -> None:
     """Raises `Disagreement` unless every contestant's outputs and gradients are those of the first one.
 
-    The largest difference may be 1e-3 of the tensor's largest magnitude; NaN never agrees.
+    The largest difference may be `tolerance` of the tensor's largest magnitude; NaN never agrees.
     """
     reference, expected = next(iter(results.items()))
     for name, tensors in results.items():
@@ -183,10 +236,5 @@ def check_agreement(case: str, results: Mapping[str, Tensors]) -> None:
                 shapes = f"{tuple(tensor.shape)}, not {tuple(want.shape)} as that of {reference}"
                 raise Disagreement(f"{what} has shape {shapes}")
             error, size = float((tensor - want).abs().max()), float(want.abs().max())
-            if not error <= _TOLERANCE * size:
+            if not error <= tolerance * size:
                 raise Disagreement(f"{what} is off that of {reference} by {error:.3g}, its largest is {size:.3g}")
-
-
-def generator() -> torch.Generator:
-    """The same numbers in every process."""
-    return torch.Generator().manual_seed(0)

@@ -15,7 +15,7 @@ from torch import Tensor
 from .timing import Meter
 
 Candidates = dict[str, Callable[[], object]]
-_COLUMNS = (512, 1024, 2048, 4096)
+_COLUMNS = {"cpu": (512, 1024, 2048, 4096), "cuda": (4096, 16384, 32768)}
 _ROW_SHARES = (1, 4)  # one such part of all rows, with the whole vocabulary
 
 
@@ -46,6 +46,11 @@ class Floor:
             names.append(min(cost, key=cost.__getitem__))
             works.append(candidates[names[-1]])
         return lambda: [work() for work in works], names
+
+
+def bytes_moved(rows: int, vocabulary: int, itemsize: int, reads: int, writes: int) -> float:
+    """Bytes of `reads` passes over [rows, vocabulary] tensors and of `writes` tensors of that size."""
+    return float(rows * vocabulary * itemsize * (reads + writes))
 
 
 def products(rows: int, hidden: int, vocabulary: int, *, teacher: bool, recompute: bool) -> Floor:
@@ -89,7 +94,7 @@ def _sweeps(heads: Sequence[tuple[Tensor, Tensor]], gradients: bool) -> Candidat
                     _multiply(d_hidden[r], tiles[0], weight[c], add=left > 0)
                     _multiply(d_weight[c], tiles[0].T, hidden[r], add=top > 0)
 
-    tilings = [(rows, columns) for columns in _COLUMNS if columns < vocabulary]
+    tilings = [(rows, columns) for columns in _COLUMNS[hidden.device.type] if columns < vocabulary]
     tilings += [(-(-rows // share), vocabulary) for share in _ROW_SHARES]
     return {f"{r} x {c}": lambda r=r, c=c: sweep(r, c) for r, c in tilings}  # type: ignore[misc]
 
@@ -102,16 +107,27 @@ def _multiply(out: Tensor, a: Tensor, b: Tensor, add: bool = False) -> Tensor:
     return out.addmm_(a, b) if add else torch.mm(a, b, out=out)
 
 
-def traffic(names: Sequence[str], rows: int, vocabulary: int, *, write: bool) -> Floor:
-    """Reading the float32 tensors `names` [rows, vocabulary] once and, if `write`, writing one more of that size."""
+def traffic(names: Sequence[str], rows: int, vocabulary: int, *, write: bool, itemsize: int = 4) -> Floor:
+    """Reading the tensors `names` [rows, vocabulary] once and, if `write`, writing one more of that size.
+
+    Float32 on a CPU.  On a GPU it is a copy that moves as many bytes, half of them read and half written: a reduction
+    of torch does not reach the bandwidth of its memory.
+    """
+    amount = bytes_moved(rows, vocabulary, itemsize, len(names), int(write))
+    text = f"{len(names)} read{'s' * (len(names) > 1)}" + " + 1 write" * write
 
     def passes(tensors: dict[str, Tensor]) -> list[Candidates]:
         read = [tensors[name] for name in names]
+        if read[0].device.type == "cuda":
+            return [_copy(int(amount), read[0].device)]
         return [_writes(read) if write else _reads(read)]
 
-    count = len(names) + write
-    text = f"{len(names)} read{'s' * (len(names) > 1)}" + " + 1 write" * write
-    return Floor(text, 4.0 * count * rows * vocabulary, "byte", passes, trials=5)
+    return Floor(text, amount, "byte", passes, trials=5)
+
+
+def _copy(count: int, device: torch.device) -> Candidates:
+    source, target = (torch.ones(count // 2, dtype=torch.uint8, device=device) for _ in range(2))
+    return {"copy of as many bytes": lambda: target.copy_(source)}
 
 
 def _reads(tensors: list[Tensor]) -> Candidates:

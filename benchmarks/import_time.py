@@ -6,7 +6,7 @@ import subprocess
 import sys
 from dataclasses import dataclass
 
-from .common import FASTDIV, FLOOR, Result, Settings
+from .common import FASTDIV, FLOOR, PLACES, Place, Result, Settings
 from .timing import interleave
 
 _PROGRAM = "import time; start = time.perf_counter(); import {module}; print(time.perf_counter() - start)"
@@ -37,6 +37,6 @@ class ImportCase:
         return Result({}, "import", "import torch", [], times)
 
 
-def cases(scale: str) -> list[ImportCase]:
-    """The one case; at every scale the same."""
-    return [ImportCase("import", rounds=7)]
+def cases(scale: str, place: Place = PLACES["cpu"]) -> list[ImportCase]:
+    """The one case, at every scale the same; a GPU has nothing to do with it."""
+    return [ImportCase("import", rounds=7)] if place.name == "cpu" else []

@@ -1,6 +1,6 @@
-"""Peak memory of one contestant, measured in a process of its own.
+"""Peak memory of one contestant: on a CPU measured in a process of its own, on a GPU told by torch's allocator.
 
-The high-water mark of resident memory during one call (Linux sets it back on request), minus what was
+On a CPU: the high-water mark of resident memory during one call (Linux sets it back on request), minus what was
 resident before: so everything beyond the inputs counts, outputs and gradients included.  Code and thread pools
 are loaded before, by a call at the small scale; a compiled function is compiled by a call at its own scale.
 """
@@ -36,6 +36,17 @@ def peak_bytes(work: Callable[[], T]) -> tuple[float, T]:
     return _status("VmHWM") - before, result
 
 
+def device_peak_bytes(work: Callable[[], T]) -> tuple[float, T]:
+    """The `Meter` of a GPU's memory: the most that torch had allocated during `work`, beyond what it had before."""
+    gc.collect()
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    result = work()
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated() - before, result
+
+
 def _status(key: str) -> int:
     lines = Path("/proc/self/status").read_text().splitlines()
     (value,) = (line.split()[1] for line in lines if line.startswith(f"{key}:"))
@@ -48,11 +59,29 @@ def held_bytes(tensors: Tensors) -> int:
     return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
 
-def measure(work: str, case: str, contestant: str, scale: str) -> dict[str, int]:
-    """Runs this module in a fresh process.
+def measure(work: str, case: Case, contestant: str, scale: str) -> dict[str, int]:
+    """One contestant of a case that was run before, so that everything is compiled.
 
     Returns:
         bytes: "peak" beyond the inputs, "results" held by outputs and gradients at the end.
+
+    Raises:
+        RuntimeError: it failed; with what it said.
+    """
+    if case.device == "cpu":
+        return _in_a_fresh_process(work, case.name, contestant, scale)
+    whole = _with_forward(case)
+    peak, results = whole.execute(case.contestants[contestant], whole.inputs(), device_peak_bytes)
+    return {"peak": int(peak), "results": held_bytes(results)}
+
+
+def _with_forward(case: Case) -> Case:
+    """A backward needs what its forward kept, so both count."""
+    return replace(case, timed="forward + backward") if case.timed == "backward" else case
+
+
+def _in_a_fresh_process(work: str, case: str, contestant: str, scale: str) -> dict[str, int]:
+    """Runs this module there.
 
     Raises:
         RuntimeError: the process failed; with what it said.
@@ -72,8 +101,7 @@ def _child(work: str, name: str, contestant: str, scale: str, threads: str) -> N
         module = importlib.import_module(f".{work}", __package__)
         cases: list[Case] = module.cases(size)
         (case,) = (case for case in cases if case.name == name)
-        # A backward needs what its forward kept, so both count.
-        return replace(case, timed="forward + backward") if case.timed == "backward" else case
+        return _with_forward(case)
 
     case = find(scale)
     function = case.contestants[contestant]

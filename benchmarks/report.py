@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import platform
+import shutil
 import statistics
+import subprocess
 from collections.abc import Mapping
 from datetime import datetime, timezone
 from pathlib import Path
@@ -13,6 +16,7 @@ from typing import Any
 import torch
 
 import fastdiv
+from fastdiv import backends
 
 from .common import FASTDIV, FLOOR, Result
 from .timing import paired_ratio
@@ -23,18 +27,20 @@ _HEADER = [
     "median ms",
     "min ms",
     "x floor (quartiles)",
+    "of floor",
     "fastdiv / it",
     "rate",
     "peak MiB",
     "less results",
 ]
-_RATES = {"flop": "GFLOP/s", "byte": "GB/s"}
+_RATES = {"flop": "FLOP/s", "byte": "B/s"}
 
 
-def machine() -> dict[str, Any]:
+def machine(device: str = "cpu") -> dict[str, Any]:
     """What the numbers depend on.  A load well above the threads in use says that others took part of the machine."""
     info = fastdiv.info()
     return {
+        "device": _gpu() if device == "cuda" else device,
         "cpu": _cpu_model(),
         "cores": len(os.sched_getaffinity(0)),
         "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
@@ -54,6 +60,31 @@ def machine() -> dict[str, Any]:
     }
 
 
+def _gpu() -> dict[str, Any]:
+    """The GPU in use, and the versions between it and torch."""
+    it = torch.cuda.get_device_properties(torch.cuda.current_device())
+    triton = importlib.import_module("triton") if importlib.util.find_spec("triton") else None
+    return {
+        "name": it.name,
+        "capability": f"{it.major}.{it.minor}",
+        "multiprocessors": it.multi_processor_count,
+        "memory_bytes": it.total_memory,
+        "driver": _driver(),
+        "cuda": torch.version.cuda,
+        "triton": triton.__version__ if triton else None,
+        "fastdiv_backend": backends.select([torch.bfloat16], torch.device("cuda"), None),
+    }
+
+
+def _driver() -> str | None:
+    """The driver's version, where the tool that knows it is there."""
+    if not (tool := shutil.which("nvidia-smi")):
+        return None
+    query = [tool, "--query-gpu=driver_version", "--format=csv,noheader"]
+    done = subprocess.run(query, capture_output=True, text=True)
+    return done.stdout.splitlines()[0].strip() if done.returncode == 0 and done.stdout.strip() else None
+
+
 def _cpu_model() -> str:
     lines = Path("/proc/cpuinfo").read_text().splitlines()
     return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
@@ -68,8 +99,9 @@ def as_json(result: Result) -> dict[str, Any]:
             "min_s": min(times),
             "times_s": times,
             "to_floor": paired_ratio(times, result.times[FLOOR]),
-            "fastdiv_to_it": paired_ratio(result.times[FASTDIV], times),
         }
+        if FASTDIV in result.times:
+            entry["fastdiv_to_it"] = paired_ratio(result.times[FASTDIV], times)
         if name in result.memory:
             entry["memory_bytes"] = result.memory[name]
         contestants[name] = entry
@@ -82,32 +114,44 @@ def as_json(result: Result) -> dict[str, Any]:
             "amount": result.amount,
             "unit": result.unit,
         },
+        "moved_bytes": result.moved,
         "contestants": contestants,
         "absent": result.absent,
     }
 
 
-def table(works: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> str:
-    """The cases of all works, as `as_json` gives them, one contestant a line."""
+def table(works: Mapping[str, Mapping[str, Mapping[str, Any]]], void: Mapping[str, str] | None = None) -> str:
+    """The cases of all works, as `as_json` gives them, one contestant a line; then who is absent, and what is void."""
     rows, notes = [], []
     for work, cases in works.items():
         for case, data in cases.items():
             rows += [[f"{work}/{case}" if name == FLOOR else "", *_row(name, data)] for name in data["contestants"]]
             notes += [f"{work}/{case}: no {name}: {reason}" for name, reason in data["absent"].items()]
+            if (moved := data["moved_bytes"]) and moved != data["floor"]["amount"] and FASTDIV in data["contestants"]:
+                rate = _rate(moved, "byte", data["contestants"][FASTDIV]["median_s"])
+                notes.append(f"{work}/{case}: fastdiv's kernels move {moved / 1e9:.3g} GB, at {rate}")
+    notes += [f"{name}: void: {reason}" for name, reason in (void or {}).items()]
     return "\n".join([_format(_HEADER, rows), *notes])
+
+
+def _rate(amount: float, unit: str, seconds: float) -> str:
+    prefix, size = ("T", 1e12) if unit == "flop" and amount / seconds >= 1e12 else ("G", 1e9)
+    return f"{amount / seconds / size:.1f} {prefix}{_RATES[unit]}"
 
 
 def _row(name: str, data: Mapping[str, Any]) -> list[str]:
     entry, floor = data["contestants"][name], data["floor"]
     ratio, memory = entry["to_floor"], entry.get("memory_bytes")
     chosen = f" ({', '.join(floor['chosen'])})" if floor["chosen"] else ""
+    to_it = entry.get("fastdiv_to_it")
     return [
         f"floor: {floor['name']}{chosen}" if name == FLOOR else name,
         f"{entry['median_s'] * 1e3:.2f}",
         f"{entry['min_s'] * 1e3:.2f}",
         "1" if name == FLOOR else f"{ratio['median']:.2f} ({ratio['low']:.2f}-{ratio['high']:.2f})",
-        "" if name == FASTDIV else f"{entry['fastdiv_to_it']['median']:.3f}",
-        f"{floor['amount'] / entry['median_s'] / 1e9:.1f} {_RATES[floor['unit']]}" if floor["amount"] else "",
+        f"{100.0 / ratio['median']:.0f} %",
+        "" if name == FASTDIV or not to_it else f"{to_it['median']:.3f}",
+        _rate(floor["amount"], floor["unit"], entry["median_s"]) if floor["amount"] else "",
         str(round(memory["peak"] / 2**20)) if memory else "",
         str(round((memory["peak"] - memory["results"]) / 2**20)) if memory else "",
     ]

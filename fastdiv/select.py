@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from fastdiv.ops.covariance import all_reduce_sum, check_bool, check_tokens
+from fastdiv.ops.covariance import all_reduce_sum, check_alike, check_bool, everyone, has_kernels
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -33,6 +33,7 @@ def top_k(
     largest: bool = True,
     index: Tensor | None = None,
     process_group: ProcessGroup | None = None,
+    backend: str | None = None,
 ) -> Tensor:
     """The k valid tokens with the largest (or smallest) score; equal scores are taken in order of their
     global index.
@@ -51,17 +52,31 @@ def top_k(
             to make ties independent of how the batch is cut.
         process_group: the scope is the union of the tokens of all its ranks (a few all-reduces of 2048
             counts); None: the tokens of this call.
+        backend: "triton" has kernels of its own (a launch a digit); the others are the same plain torch. None: "triton"
+            for CUDA tensors where it is present, unless torch.compile traces the call; else plain torch. The
+            choice of tokens is the same.
 
     Returns:
         bool [*], True for the selected tokens of this call.
 
     Raises:
-        TypeError, ValueError: wrong dtype or shape, not exactly one of k and ratio, k or ratio out of range.
+        TypeError, ValueError: wrong dtype or shape, not exactly one of k and ratio, k or ratio out of range; a backend
+            that is unknown or does not run on the device.
+        RuntimeError: a backend that is absent.
     """
-    valid = check_tokens("top_k", mask, {"scores": scores}, precise=False)
-    index = _global_index("top_k", scores, index, process_group)
-    count = all_reduce_sum(valid.sum(), process_group)
-    need = _resolve_k("top_k", count, k, ratio)
+    check_alike("top_k", mask, {"scores": scores}, precise=False)
+    _check_index("top_k", index, scores)
+    wanted = _check_k("top_k", k, ratio)
+    first = _first_index(scores, process_group) if index is None else None
+    if has_kernels(scores.device, backend):
+        from fastdiv.backends.triton import tokens
+
+        return tokens.smallest(
+            scores, mask, index, scores, k=wanted, largest=largest, offset=first, process_group=process_group
+        )
+    valid = everyone(scores) if mask is None else mask
+    index = _positions(scores, first) if index is None else index
+    need = _how_many(all_reduce_sum(valid.sum(), process_group), wanted)
     key, bits = _ordered_bits(scores)
     return _k_smallest([(~key if largest else key, bits), (index, 64)], valid, need, process_group)
 
@@ -76,6 +91,7 @@ def random_subset(
     step: int,
     index: Tensor | None = None,
     process_group: ProcessGroup | None = None,
+    backend: str | None = None,
 ) -> Tensor:
     """A uniformly random subset of k eligible tokens, decided by (seed, step, global token index) alone.
 
@@ -88,22 +104,31 @@ def random_subset(
         k, ratio: as in `top_k`; a ratio refers to the number of eligible tokens of the scope.
         seed, step: integers; change `step` with every optimiser step, otherwise the same tokens win again.
         index: [*], int64, as in `top_k`; give it to make the choice independent of how the batch is cut.
-        process_group: as in `top_k`.
+        process_group, backend: as in `top_k`.
 
     Returns:
         bool [*], True for the chosen tokens of this call.
 
     Raises:
-        TypeError, ValueError: as `top_k`; seed or step no integer.
+        TypeError, ValueError, RuntimeError: as `top_k`; TypeError: seed or step no integer.
     """
     check_bool("random_subset", "eligible", eligible)
     for name, number in (("seed", seed), ("step", step)):
         if not isinstance(number, int) or isinstance(number, bool):
             raise TypeError(f"random_subset: {name} must be an int, got {type(number).__name__}")
-    index = _global_index("random_subset", eligible, index, process_group)
-    count = all_reduce_sum(eligible.sum(), process_group)
-    need = _resolve_k("random_subset", count, k, ratio)
-    return _k_smallest([(_hash(index, seed, step), 64)], eligible, need, process_group)
+    _check_index("random_subset", index, eligible)
+    wanted = _check_k("random_subset", k, ratio)
+    first = _first_index(eligible, process_group) if index is None else None
+    drawn = _draw(seed, step)
+    if has_kernels(eligible.device, backend):
+        from fastdiv.backends.triton import tokens
+
+        return tokens.smallest(
+            None, eligible, index, eligible, k=wanted, drawn=drawn, offset=first, process_group=process_group
+        )
+    index = _positions(eligible, first) if index is None else index
+    need = _how_many(all_reduce_sum(eligible.sum(), process_group), wanted)
+    return _k_smallest([(_mix(_mix(index) ^ drawn), 64)], eligible, need, process_group)
 
 
 def k_from_ratio(ratio: float, count: Tensor) -> Tensor:
@@ -113,44 +138,66 @@ def k_from_ratio(ratio: float, count: Tensor) -> Tensor:
     scope the effective ratio exceeds the nominal one. `count` is a 0-dim integer tensor; so is the result,
     on the same device.
     """
-    if not 0.0 < ratio <= 1.0:
-        raise ValueError(f"k_from_ratio: ratio must be in (0, 1], got {ratio}")
+    _check_ratio("k_from_ratio", ratio)
     return (count.double() * ratio).to(torch.int64).clamp(min=1).minimum(count)
 
 
-def _resolve_k(operator: str, count: Tensor, k: int | Tensor | None, ratio: float | None) -> Tensor:
+def _check_k(operator: str, k: int | Tensor | None, ratio: float | None) -> int | float | Tensor:
+    """The one of the two that is given; a ratio as a float, k as it came."""
     if (k is None) == (ratio is None):
         raise ValueError(f"{operator}: give exactly one of k and ratio, got k={k}, ratio={ratio}")
     if ratio is not None:
-        return k_from_ratio(ratio, count)
+        _check_ratio(operator, ratio)
+        return float(ratio)
     if isinstance(k, Tensor):
         if k.dim() != 0 or k.is_floating_point() or k.is_complex() or k.dtype == torch.bool:
             raise TypeError(f"{operator}: a tensor k must be a 0-dim integer, got {k.dtype} {list(k.shape)}")
-        return k.to(torch.int64).clamp(min=0).minimum(count)
+        return k
     if not isinstance(k, int) or isinstance(k, bool):
         raise TypeError(f"{operator}: k must be an int, got {type(k).__name__}")
     if k < 0:
         raise ValueError(f"{operator}: k must not be negative, got {k}")
-    return count.clamp(max=k)
+    return k
 
 
-def _global_index(operator: str, like: Tensor, index: Tensor | None, process_group: ProcessGroup | None) -> Tensor:
-    if index is not None:
-        if not isinstance(index, Tensor) or index.dtype != torch.int64:
-            got = index.dtype if isinstance(index, Tensor) else type(index).__name__
-            raise TypeError(f"{operator}: index must be an int64 Tensor, got {got}")
-        if index.shape != like.shape or index.device != like.device:
-            raise ValueError(
-                f"{operator}: index must be {list(like.shape)} on {like.device}, "
-                f"got {list(index.shape)} on {index.device}"
-            )
-        return index
-    index = torch.arange(like.numel(), device=like.device).view(like.shape)
+def _check_ratio(operator: str, ratio: float) -> None:
+    if not 0.0 < ratio <= 1.0:
+        raise ValueError(f"{operator}: ratio must be in (0, 1], got {ratio}")
+
+
+def _how_many(count: Tensor, wanted: int | float | Tensor) -> Tensor:
+    """k of `count` tokens."""
+    if isinstance(wanted, float):
+        return k_from_ratio(wanted, count)
+    if isinstance(wanted, Tensor):
+        return wanted.to(torch.int64).clamp(min=0).minimum(count)
+    return count.clamp(max=wanted)
+
+
+def _check_index(operator: str, index: Tensor | None, like: Tensor) -> None:
+    if index is None:
+        return
+    if not isinstance(index, Tensor) or index.dtype != torch.int64:
+        got = index.dtype if isinstance(index, Tensor) else type(index).__name__
+        raise TypeError(f"{operator}: index must be an int64 Tensor, got {got}")
+    if index.shape != like.shape or index.device != like.device:
+        raise ValueError(
+            f"{operator}: index must be {list(like.shape)} on {like.device}, got {list(index.shape)} on {index.device}"
+        )
+
+
+def _first_index(like: Tensor, process_group: ProcessGroup | None) -> Tensor | None:
+    """0-dim, how many tokens the ranks before this one have; None without a group."""
     if process_group is None:
-        return index
-    sizes = index.new_zeros(process_group.size())
+        return None
+    sizes = torch.zeros(process_group.size(), dtype=torch.int64, device=like.device)
     sizes[process_group.rank()] = like.numel()
-    return index + all_reduce_sum(sizes, process_group)[: process_group.rank()].sum()
+    return all_reduce_sum(sizes, process_group)[: process_group.rank()].sum()
+
+
+def _positions(like: Tensor, first: Tensor | None) -> Tensor:
+    index = torch.arange(like.numel(), device=like.device).view(like.shape)
+    return index if first is None else index + first
 
 
 def _ordered_bits(scores: Tensor) -> tuple[Tensor, int]:
@@ -184,11 +231,9 @@ def _k_smallest(
     return chosen | (alive & (need > 0))
 
 
-def _hash(index: Tensor, seed: int, step: int) -> Tensor:
-    """64 bits from (seed, step, index): two rounds of the splitmix64 finaliser around a key for (seed,
-    step)."""
-    key = _mix_int(_mix_int(seed & _UINT64) + step & _UINT64)
-    return _mix(_mix(index) ^ _signed(key))
+def _draw(seed: int, step: int) -> int:
+    """A key for (seed, step), as int64. A token's 64 bits are two rounds of the splitmix64 finaliser around it."""
+    return _signed(_mix_int(_mix_int(seed & _UINT64) + step & _UINT64))
 
 
 _MULTIPLIERS = ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB))

@@ -14,6 +14,8 @@ from hypothesis import HealthCheck, Phase, is_hypothesis_test, settings
 if not torch.cuda.is_available() and importlib.util.find_spec("triton"):
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+import elsewhere
+
 from fastdiv import backends
 
 FOUND = backends.available()
@@ -39,10 +41,26 @@ def backend(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
 
+def _of_triton(item: pytest.Item) -> bool:
+    parameters = item.callspec.params if isinstance(item, pytest.Function) and hasattr(item, "callspec") else {}
+    return parameters.get("backend") == "triton"
+
+
 def _slow(item: pytest.Item) -> bool:
     """Whether a test runs in Triton's interpreter, at some milliseconds a row and block."""
-    parameters = item.callspec.params if isinstance(item, pytest.Function) and hasattr(item, "callspec") else {}
-    return parameters.get("backend") == "triton" and not torch.cuda.is_available()
+    return _of_triton(item) and not torch.cuda.is_available()
+
+
+@pytest.fixture(autouse=True)
+def _on_the_gpu(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Tests make CPU tensors; where there is a GPU, the Triton backend gets them there."""
+    if not (_of_triton(request.node) and torch.cuda.is_available()):
+        yield
+        return
+    if reason := elsewhere.NOT_THERE.get(request.node.originalname):
+        pytest.skip(reason)
+    with elsewhere.elsewhere("triton", torch.device("cuda"), request.module):
+        yield
 
 
 @pytest.hookimpl(hookwrapper=True)

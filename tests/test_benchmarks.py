@@ -12,7 +12,16 @@ import pytest
 import torch
 from fastdiv.benchmarks import floors, from_logits, memory
 from fastdiv.benchmarks.__main__ import main
-from fastdiv.benchmarks.common import COMPILE, EAGER, FASTDIV, FLOOR, Contestant, Disagreement, check_agreement
+from fastdiv.benchmarks.common import (
+    COMPILE,
+    EAGER,
+    FASTDIV,
+    FLOOR,
+    Contestant,
+    Disagreement,
+    Place,
+    check_agreement,
+)
 from fastdiv.benchmarks.timing import interleave, paired_ratio
 from torch import Tensor
 
@@ -51,7 +60,7 @@ def test_compile_and_memory(tmp_path: Path) -> None:
     case = json.loads(path.read_text())["works"]["from_logits"]["reverse_kl_backward"]
     assert case["absent"] == {}
     assert case["contestants"].keys() == {FLOOR, EAGER, COMPILE, FASTDIV}
-    tokens, vocabulary = from_logits.SIZES["small"]
+    tokens, vocabulary = from_logits.SIZES["cpu"]["small"]
     results = 4 * (1 + tokens + tokens * vocabulary)  # loss, reverse_kl, d_student
     for name in (EAGER, COMPILE, FASTDIV):
         assert case["contestants"][name]["memory_bytes"]["results"] == results
@@ -87,17 +96,19 @@ def other_divergence(student: Tensor, teacher: Tensor, weights: Tensor) -> dict[
     ("wrong", "message"),
     [(doubled_gradient, "d_student of fastdiv"), (other_divergence, "loss of fastdiv")],
 )
-def test_wrong_contestant_voids_the_run(
+def test_wrong_contestant_voids_the_case(
     wrong: Contestant, message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     original = from_logits.cases
 
-    def cases(scale: str) -> list[from_logits.Case]:
-        return [replace(c, contestants={**c.contestants, FASTDIV: wrong}) for c in original(scale)]
+    def cases(scale: str, place: Place) -> list[from_logits.Case]:
+        return [replace(c, contestants={**c.contestants, FASTDIV: wrong}) for c in original(scale, place)]
 
     monkeypatch.setattr(from_logits, "cases", cases)
     assert main([*SMALL, "--only", "from_logits/js_backward", "--no-compile", "--no-memory"]) == 1
-    assert f"void: js_backward: {message}" in capsys.readouterr().err
+    printed = capsys.readouterr()
+    assert f"void: js_backward: {message}" in printed.err
+    assert f"from_logits/js_backward: void: js_backward: {message}" in printed.out
 
 
 @pytest.mark.parametrize(

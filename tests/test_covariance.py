@@ -26,8 +26,8 @@ def fixture(dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor, Tensor]
     return advantages, log_prob, torch.tensor(FIXTURE["mask"]) > 0
 
 
-def test_golden() -> None:
-    got = masked_covariance(*fixture())
+def test_golden(backend: str) -> None:
+    got = masked_covariance(*fixture(), backend=backend)
     expected = torch.tensor(GOLDEN["cov/tokens"], dtype=torch.float64)
     torch.testing.assert_close(got.per_token, expected, rtol=1e-9, atol=0)
     assert got.covariance.item() == pytest.approx(GOLDEN["cov/mean"], rel=1e-9)
@@ -36,56 +36,58 @@ def test_golden() -> None:
     assert got.count.item() == 7 and got.count.dtype == torch.int64
 
 
-def test_one_sequence_with_one_advantage_has_no_covariance() -> None:
+def test_one_sequence_with_one_advantage_has_no_covariance(backend: str) -> None:
     x, y, mask = fixture()
     for row in range(2):
-        assert masked_covariance(x[row], y[row], mask[row]).per_token.abs().max() < 1e-15
+        assert masked_covariance(x[row], y[row], mask[row], backend=backend).per_token.abs().max() < 1e-15
 
 
 @pytest.mark.parametrize("offset", [0.0, 1e3, 1e6])
-def test_centring_is_exact(offset: float) -> None:
+def test_centring_is_exact(offset: float, backend: str) -> None:
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(50, generator=generator) + offset
     y = torch.randn(50, generator=generator) - offset
     xs, ys = ([Fraction(v) for v in t.tolist()] for t in (x, y))
     mean_x, mean_y = sum(xs) / 50, sum(ys) / 50
     exact = torch.tensor([float((a - mean_x) * (b - mean_y)) for a, b in zip(xs, ys, strict=True)])
-    got = masked_covariance(x, y)
+    got = masked_covariance(x, y, backend=backend)
     torch.testing.assert_close(got.per_token, exact, rtol=2**-23, atol=0)  # the last rounding to float32
     assert got.covariance.item() == pytest.approx(exact.double().mean().item(), rel=1e-6)
 
 
 @pytest.mark.parametrize("garbage", [torch.nan, torch.inf, -torch.inf, 1e30])
-def test_masked_values_are_never_read(garbage: float) -> None:
+def test_masked_values_are_never_read(garbage: float, backend: str) -> None:
     x, y, mask = fixture(torch.float32)
-    clean = masked_covariance(x, y, mask)
-    dirty = masked_covariance(x.masked_fill(~mask, garbage), y.masked_fill(~mask, garbage), mask)
+    clean = masked_covariance(x, y, mask, backend=backend)
+    dirty = masked_covariance(x.masked_fill(~mask, garbage), y.masked_fill(~mask, garbage), mask, backend=backend)
     for a, b in zip(clean, dirty, strict=True):
         assert torch.equal(a, b)
 
 
-def test_order_and_shape_do_not_matter() -> None:
+def test_order_and_shape_do_not_matter(backend: str) -> None:
     x, y, order = torch.randn(64), torch.randn(64), torch.randperm(64)
-    whole, shuffled = masked_covariance(x, y), masked_covariance(x[order], y[order])
+    whole, shuffled = masked_covariance(x, y, backend=backend), masked_covariance(x[order], y[order], backend=backend)
     assert torch.equal(whole.per_token[order], shuffled.per_token)
-    assert torch.equal(whole.per_token.view(4, 16), masked_covariance(x.view(4, 16), y.view(4, 16)).per_token)
+    assert torch.equal(
+        whole.per_token.view(4, 16), masked_covariance(x.view(4, 16), y.view(4, 16), backend=backend).per_token
+    )
 
 
 @pytest.mark.parametrize("shape", [(4,), (0,), (2, 0)])
-def test_nothing_valid_gives_zeros(shape: tuple[int, ...]) -> None:
+def test_nothing_valid_gives_zeros(shape: tuple[int, ...], backend: str) -> None:
     x = torch.full(shape, torch.nan)
-    got = masked_covariance(x, x, torch.zeros(shape, dtype=torch.bool))
+    got = masked_covariance(x, x, torch.zeros(shape, dtype=torch.bool), backend=backend)
     assert got.per_token.shape == x.shape
     for value in got:
         assert torch.equal(value, torch.zeros_like(value))
 
 
-def test_dtypes_and_gradient() -> None:
+def test_dtypes_and_gradient(backend: str) -> None:
     x = torch.randn(8, requires_grad=True)
-    got = masked_covariance(x.bfloat16(), x)
+    got = masked_covariance(x.bfloat16(), x, backend=backend)
     assert not any(value.requires_grad for value in got)
     assert got.per_token.dtype == got.mean_y.dtype == torch.float32
-    assert masked_covariance(x.double(), x).per_token.dtype == torch.float64
+    assert masked_covariance(x.double(), x, backend=backend).per_token.dtype == torch.float64
 
 
 @pytest.mark.parametrize(

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import math
+import os
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,10 +15,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastdiv import select
 from fastdiv.objectives.policy import clip_cov_select, kl_cov_select
 from fastdiv.ops.covariance import masked_covariance
+
+aten = torch.ops.aten
 
 NASTY = st.sampled_from([0.0, -0.0, 1.0, -1.0, math.inf, -math.inf, math.nan, 1e-45, -1e-45, 3.0e38, -3.0e38])
 
@@ -39,7 +45,7 @@ def by_sorting(scores: list[float], index: list[int], valid: list[bool], k: int,
 @settings(max_examples=80, deadline=None)
 @given(data=st.data())
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
-def test_top_k_is_a_sort(dtype: torch.dtype, data: st.DataObject) -> None:
+def test_top_k_is_a_sort(dtype: torch.dtype, data: st.DataObject, backend: str) -> None:
     values = data.draw(st.lists(NASTY | st.floats(-4, 4, width=16), max_size=12))
     scores = torch.tensor(values, dtype=dtype)
     valid = data.draw(st.lists(st.booleans(), min_size=len(values), max_size=len(values)))
@@ -47,43 +53,48 @@ def test_top_k_is_a_sort(dtype: torch.dtype, data: st.DataObject) -> None:
     index = [i * 70_001 + (i << 40) for i in index]
     k, largest = data.draw(st.integers(0, 14)), data.draw(st.booleans())
     mask = torch.tensor(valid, dtype=torch.bool)
-    got = select.top_k(scores, mask, k=k, largest=largest, index=torch.tensor(index, dtype=torch.int64))
+    got = select.top_k(
+        scores, mask, k=k, largest=largest, index=torch.tensor(index, dtype=torch.int64), backend=backend
+    )
     chosen = by_sorting(scores.double().tolist(), index, valid, k, largest)
     assert set(got.nonzero().flatten().tolist()) == chosen
 
 
-def test_ties_go_to_the_lower_index() -> None:
+def test_ties_go_to_the_lower_index(backend: str) -> None:
     equal = torch.zeros(6)
-    assert select.top_k(equal, k=2).tolist() == [True, True, False, False, False, False]
+    assert select.top_k(equal, k=2, backend=backend).tolist() == [True, True, False, False, False, False]
     index = torch.tensor([5, 4, 3, 2, 1, 0])
-    assert select.top_k(equal, k=2, index=index).tolist() == [False, False, False, False, True, True]
-    assert select.top_k(equal, k=2, index=index, largest=False).sum() == 2
+    assert select.top_k(equal, k=2, index=index, backend=backend).tolist() == [False, False, False, False, True, True]
+    assert select.top_k(equal, k=2, index=index, largest=False, backend=backend).sum() == 2
     signs = torch.tensor([-0.0, 0.0, 0.0, -0.0])
-    assert select.top_k(signs, k=2).tolist() == [True, True, False, False]
+    assert select.top_k(signs, k=2, backend=backend).tolist() == [True, True, False, False]
 
 
 @pytest.mark.parametrize(
     ("ratio", "valid", "k"),
     [(2e-4, 7, 1), (0.3, 7, 2), (1.0, 7, 7), (0.3, 0, 0), (0.29, 100, int(0.29 * 100)), (2e-3, 1000, 2)],
 )
-def test_k_from_ratio(ratio: float, valid: int, k: int) -> None:
+def test_k_from_ratio(ratio: float, valid: int, k: int, backend: str) -> None:
     mask = torch.arange(1000) < valid
-    assert select.top_k(torch.randn(1000), mask, ratio=ratio).sum() == k
-    assert select.random_subset(mask, ratio=ratio, seed=0, step=0).sum() == k
+    assert select.top_k(torch.randn(1000), mask, ratio=ratio, backend=backend).sum() == k
+    assert select.random_subset(mask, ratio=ratio, seed=0, step=0, backend=backend).sum() == k
 
 
 @pytest.mark.parametrize("parts", [1, 2, 4])
-def test_the_choice_follows_the_tokens(parts: int) -> None:
+def test_the_choice_follows_the_tokens(parts: int, backend: str) -> None:
     """However tokens are ordered or cut, the index says who they are."""
     scores = torch.randn(8, 16).round(decimals=1)
     mask, index = torch.rand(8, 16) < 0.8, torch.arange(128).view(8, 16)
-    expected = select.top_k(scores, mask, k=20), select.random_subset(mask, k=20, seed=3, step=5)
+    expected = (
+        select.top_k(scores, mask, k=20, backend=backend),
+        select.random_subset(mask, k=20, seed=3, step=5, backend=backend),
+    )
     rows = torch.randperm(8)
     for chunks in (rows.chunk(parts), rows.flip(0).chunk(parts)):
         joined = torch.cat(chunks)
         got = (
-            select.top_k(scores[joined], mask[joined], k=20, index=index[joined]),
-            select.random_subset(mask[joined], k=20, seed=3, step=5, index=index[joined]),
+            select.top_k(scores[joined], mask[joined], k=20, index=index[joined], backend=backend),
+            select.random_subset(mask[joined], k=20, seed=3, step=5, index=index[joined], backend=backend),
         )
         for whole, cut in zip(expected, got, strict=True):
             assert torch.equal(whole[joined], cut)
@@ -97,29 +108,29 @@ def splitmix(x: int) -> int:
 
 
 @pytest.mark.parametrize(("seed", "step"), [(0, 0), (1, 2), (-1, 7), (2**63 + 5, 10**9)])
-def test_random_subset_is_the_documented_hash(seed: int, step: int) -> None:
+def test_random_subset_is_the_documented_hash(seed: int, step: int, backend: str) -> None:
     eligible = torch.rand(300) < 0.5
     key = splitmix((splitmix(seed % 2**64) + step) % 2**64)
     drawn = sorted(eligible.nonzero().flatten().tolist(), key=lambda i: splitmix(splitmix(i) ^ key))
-    got = select.random_subset(eligible, k=25, seed=seed, step=step)
+    got = select.random_subset(eligible, k=25, seed=seed, step=step, backend=backend)
     assert set(got.nonzero().flatten().tolist()) == set(drawn[:25])
 
 
-def test_random_subset_never_changes_between_releases() -> None:
-    got = select.random_subset(torch.ones(40, dtype=torch.bool), k=5, seed=1, step=2)
+def test_random_subset_never_changes_between_releases(backend: str) -> None:
+    got = select.random_subset(torch.ones(40, dtype=torch.bool), k=5, seed=1, step=2, backend=backend)
     assert got.nonzero().flatten().tolist() == [0, 26, 31, 36, 37]
 
 
-def test_random_subset_leaves_the_global_generator_alone() -> None:
+def test_random_subset_leaves_the_global_generator_alone(backend: str) -> None:
     eligible = torch.ones(50, dtype=torch.bool)
     torch.manual_seed(0)
     before = torch.get_rng_state()
-    first = select.random_subset(eligible, k=10, seed=1, step=1)
+    first = select.random_subset(eligible, k=10, seed=1, step=1, backend=backend)
     assert torch.equal(before, torch.get_rng_state())
     torch.manual_seed(99)
-    assert torch.equal(first, select.random_subset(eligible, k=10, seed=1, step=1))
-    assert not torch.equal(first, select.random_subset(eligible, k=10, seed=1, step=2))
-    assert not torch.equal(first, select.random_subset(eligible, k=10, seed=2, step=1))
+    assert torch.equal(first, select.random_subset(eligible, k=10, seed=1, step=1, backend=backend))
+    assert not torch.equal(first, select.random_subset(eligible, k=10, seed=1, step=2, backend=backend))
+    assert not torch.equal(first, select.random_subset(eligible, k=10, seed=2, step=1, backend=backend))
 
 
 def test_random_subset_is_uniform() -> None:
@@ -149,10 +160,40 @@ def test_no_value_is_ever_read_by_the_host() -> None:
         assert clip_cov_select(scores, scores, scores, mask, ratio=0.1, seed=0, step=0).dtype == torch.bool
 
 
-def test_k_may_be_a_tensor() -> None:
+def test_k_may_be_a_tensor(backend: str) -> None:
     scores = torch.randn(30)
     for k in (0, 4, 30, 31):
-        assert torch.equal(select.top_k(scores, k=torch.tensor(k)), select.top_k(scores, k=k))
+        assert torch.equal(
+            select.top_k(scores, k=torch.tensor(k), backend=backend), select.top_k(scores, k=k, backend=backend)
+        )
+
+
+class NeverWait(TorchDispatchMode):
+    """Fails on what makes the host wait for a GPU: reading a value, and results as large as their values say."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        picks = args[1] if func.overloadpacket in (aten.index, aten.index_put, aten.index_put_) else ()
+        masked = any(a is not None and a.dtype == torch.bool for a in picks)
+        if func.overloadpacket in (aten._local_scalar_dense, aten.nonzero, aten.masked_select, aten.equal) or masked:
+            raise AssertionError(f"{func} waits for the device")
+        return func(*args, **kwargs or {})
+
+
+@pytest.mark.parametrize("wait", [Tensor.item, Tensor.nonzero, lambda t: t[t > 0], lambda t: bool(t.any())])
+def test_waiting_would_be_seen(wait: Callable[[Tensor], object]) -> None:
+    with pytest.raises(AssertionError, match="waits for the device"), NeverWait():
+        wait(torch.ones(1))
+
+
+def test_nothing_waits_for_the_device(backend: str) -> None:
+    scores, mask, index = torch.randn(4, 8), torch.rand(4, 8) < 0.5, torch.arange(32).view(4, 8)
+    with NeverWait():
+        for k in ({"ratio": 0.1}, {"k": 3}, {"k": torch.tensor(3)}):
+            select.top_k(scores, mask, backend=backend, **k)  # type: ignore[arg-type]
+            select.top_k(scores, index=index, backend=backend, **k)  # type: ignore[arg-type]
+            select.random_subset(mask, seed=0, step=0, backend=backend, **k)  # type: ignore[arg-type]
+        masked_covariance(scores, scores, mask, backend=backend)
+        masked_covariance(scores, scores.bfloat16(), backend=backend)
 
 
 @pytest.mark.parametrize(
@@ -160,6 +201,7 @@ def test_k_may_be_a_tensor() -> None:
     [
         ({}, ValueError, "exactly one of k and ratio, got k=None, ratio=None"),
         ({"k": 1, "ratio": 0.5}, ValueError, "exactly one of k and ratio"),
+        ({"k": 1, "backend": "cuda"}, ValueError, "backend: expected one of native, triton, reference, got 'cuda'"),
         ({"k": -1}, ValueError, "k must not be negative, got -1"),
         ({"k": 1.5}, TypeError, "k must be an int, got float"),
         ({"k": torch.tensor(1.0)}, TypeError, "a tensor k must be a 0-dim integer, got torch.float32"),
@@ -211,8 +253,9 @@ def everything(part: dict[str, Tensor], index: Tensor | None, group: object) -> 
     } | {f"covariance.{name}": value for name, value in covariance._asdict().items()}
 
 
-def worker(rank: int, folder: str) -> None:
+def worker(rank: int, folder: str, backend: str) -> None:
     torch.set_num_threads(1)
+    os.environ["FASTDIV_BACKEND"] = backend
     torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
     group = torch.distributed.group.WORLD
     results: dict[str, dict[str, Tensor]] = {}
@@ -227,8 +270,8 @@ def worker(rank: int, folder: str) -> None:
     torch.distributed.destroy_process_group()
 
 
-def test_two_ranks_give_the_answer_of_one(tmp_path: Path) -> None:
-    torch.multiprocessing.spawn(worker, args=(str(tmp_path),), nprocs=2)
+def test_two_ranks_give_the_answer_of_one(backend: str, tmp_path: Path) -> None:
+    torch.multiprocessing.spawn(worker, args=(str(tmp_path), backend), nprocs=2)
     ranks = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
     single = everything(batch(), None, None)
     assert all(single[name].any() for name in ("top_k", "smallest", "random", "clip_cov", "kl_cov"))
