@@ -65,6 +65,16 @@ FD_INLINE void prefetch(const char* from, int64_t bytes) {
   for (int64_t line = 0; line < bytes; line += 64) __builtin_prefetch(from + line);
 }
 
+// What a loop over a chunk fetches of the next one: `bytes` for each element it works on.  All loops together
+// take the whole chunk, each a part, because a core has few fetches under way at a time.
+struct Ahead {
+  const char* from;
+  int64_t bytes;
+};
+FD_INLINE void fetch(const Ahead& ahead, int64_t begin, int64_t end) {
+  prefetch(ahead.from + begin * ahead.bytes, (end - begin) * ahead.bytes);
+}
+
 // Transformed logits of one chunk: the tensor's own memory where there is nothing to transform, else
 // `buffer`.
 FD_INLINE const float* chunk(const Logits& side, int64_t row, int64_t column, int64_t n, float* buffer) {
@@ -104,15 +114,13 @@ struct Moments {
   float sum = 0.0f, first = 0.0f;
 };
 
-// e = exp((x - max) / temperature), its sum and, if wanted, the sum of e times the exponent.  The arithmetic
-// hides the way of the next chunk, which starts at `ahead` and has `width` bytes an element, from memory.
+// e = exp((x - max) / temperature), its sum and, if wanted, the sum of e times the exponent.
 template <bool kWithFirst, bool kUnit>
-FD_INLINE Moments exponentials(const float* x, int64_t n, float max, float it, float* e, const char* ahead,
-                               int64_t width) {
+FD_INLINE Moments exponentials(const float* x, int64_t n, float max, float it, float* e, Ahead ahead) {
   float sum = 0.0f, first = 0.0f;
   for (int64_t begin = 0; begin < n; begin += kBlock) {
     const int64_t end = std::min(begin + kBlock, n);
-    prefetch(ahead + begin * width, (end - begin) * width);
+    fetch(ahead, begin, end);
 #pragma omp simd reduction(+ : sum, first)
     for (int64_t i = begin; i < end; ++i) {
       const float z = floored(kUnit ? x[i] - max : (x[i] - max) * it), p = exp_floored(z);
@@ -126,10 +134,9 @@ FD_INLINE Moments exponentials(const float* x, int64_t n, float max, float it, f
 
 // The same; a temperature of 1, the usual one, costs no multiplication.
 template <bool kWithFirst>
-FD_INLINE Moments exponentials(const float* x, int64_t n, float max, float it, float* e, const char* ahead,
-                               int64_t width) {
-  return it == 1.0f ? exponentials<kWithFirst, true>(x, n, max, it, e, ahead, width)
-                    : exponentials<kWithFirst, false>(x, n, max, it, e, ahead, width);
+FD_INLINE Moments exponentials(const float* x, int64_t n, float max, float it, float* e, Ahead ahead) {
+  return it == 1.0f ? exponentials<kWithFirst, true>(x, n, max, it, e, ahead)
+                    : exponentials<kWithFirst, false>(x, n, max, it, e, ahead);
 }
 
 // A pointwise function with its parameter fixed.
@@ -162,11 +169,14 @@ struct PairSums {
 // large one would all be rounded the same way.
 template <bool kFar, typename F, typename R>
 FD_INLINE PairSums pair_sums(F forward_term, R reverse_term, const float* x, const float* y, const float* p,
-                             const float* q, int64_t n, float k, Difference difference) {
+                             const float* q, int64_t n, float k, Difference difference, Ahead x_ahead,
+                             Ahead y_ahead) {
   PairSums total;
   for (int64_t begin = 0; begin < n; begin += kStrand) {
     const int64_t end = std::min(begin + kStrand, n);
     float forward = 0.0f, reverse = 0.0f;
+    fetch(x_ahead, begin, end);
+    fetch(y_ahead, begin, end);
 #pragma omp simd reduction(+ : forward, reverse)
     for (int64_t i = begin; i < end; ++i) {
       const float pi = k * p[i], qi = q[i], d = kFar ? difference(x[i], y[i]) : difference.near(x[i], y[i]);
@@ -339,6 +349,8 @@ FD_CLONES void accumulate_row(const Accumulate& args, int64_t row) {
   const bool pair = tile.teacher.data != nullptr;
   const float it = tile.inverse_temperature[row];
   RowState s = args.state[row];
+  const int32_t which = pair ? args.wanted & (kForward | kReverse) : 0;
+  const int64_t parts = which ? 2 : 1;  // loops over a model's chunk that fetch
   alignas(64) float x_buffer[kChunk], y_buffer[kChunk], p[kChunk], q[kChunk];
 
   for (int64_t c = 0; c < tile.columns; c += kChunk) {
@@ -354,10 +366,9 @@ FD_CLONES void accumulate_row(const Accumulate& args, int64_t row) {
 
     // Only a chunk that holds the maximum needs the careful sum.
     const float x_max = offset(s.student);
-    const char* ahead = address(tile.student, row, c + n);
-    const int64_t bytes = width(tile.student);
-    const Moments moments = args.wanted & kFirst ? exponentials<true>(x, n, x_max, it, p, ahead, bytes)
-                                                 : exponentials<false>(x, n, x_max, it, p, ahead, bytes);
+    const Ahead ahead{address(tile.student, row, c + n), width(tile.student) / parts};
+    const Moments moments = args.wanted & kFirst ? exponentials<true>(x, n, x_max, it, p, ahead)
+                                                 : exponentials<false>(x, n, x_max, it, p, ahead);
     const double x_tail = x_top == x_max ? beside_maximum(x, p, n, x_max, x_raised, false) : moments.sum;
     s.student.tail += x_tail;
     s.first += moments.first;
@@ -379,11 +390,10 @@ FD_CLONES void accumulate_row(const Accumulate& args, int64_t row) {
     }
     if (pair) {
       const float y_max = offset(s.teacher);
-      const char* y_ahead = address(tile.teacher, row, c + n);
-      const Moments taught = exponentials<false>(y, n, y_max, it, q, y_ahead, width(tile.teacher));
+      const Ahead y_ahead{address(tile.teacher, row, c + n), width(tile.teacher) / parts};
+      const Moments taught = exponentials<false>(y, n, y_max, it, q, y_ahead);
       const double y_tail = y_top == y_max ? beside_maximum(y, q, n, y_max, y_raised, false) : taught.sum;
       s.teacher.tail += y_tail;
-      const int32_t which = args.wanted & (kForward | kReverse);
       if (which) {
         // Summed with p scaled by k, so that both models weigh about the same and no large terms cancel. Then
         // d is off by log k, which is put right in double.
@@ -391,9 +401,12 @@ FD_CLONES void accumulate_row(const Accumulate& args, int64_t row) {
         const float k = ratio > 1e-30 && ratio < 1e30 ? static_cast<float>(ratio) : 1.0f;
         const double log_k = std::log(static_cast<double>(k));
         const Difference difference(x_max, y_max, -log_k, it);
+        const Ahead x_rest{ahead.from + n * ahead.bytes, ahead.bytes};
+        const Ahead y_rest{y_ahead.from + n * y_ahead.bytes, y_ahead.bytes};
         const auto sums = [&](auto forward, auto reverse) __attribute__((always_inline)) {
-          return difference.far ? pair_sums<true>(forward, reverse, x, y, p, q, n, k, difference)
-                                : pair_sums<false>(forward, reverse, x, y, p, q, n, k, difference);
+          return difference.far
+                     ? pair_sums<true>(forward, reverse, x, y, p, q, n, k, difference, x_rest, y_rest)
+                     : pair_sums<false>(forward, reverse, x, y, p, q, n, k, difference, x_rest, y_rest);
         };
         const auto none = [](float, float, float) __attribute__((always_inline)) { return 0.0f; };
         const auto forward = FD_BIND(forward_kl_value, 0.0f);

@@ -45,7 +45,7 @@ WANTED = {"first": 1, "second": 2, "squares": 4, "sum": 8, "argmax": 16, "forwar
 def empty_state(rows: int, device: torch.device) -> Tensor:
     """The state [rows, len(STATE)] before any column was seen."""
     state = torch.zeros(rows, len(STATE), dtype=torch.float64, device=device)
-    state[:, [STATE.index("max"), STATE.index("teacher_max")]] = -torch.inf
+    state[:, STATE.index("max")] = state[:, STATE.index("teacher_max")] = -torch.inf
     return state
 
 

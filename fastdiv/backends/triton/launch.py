@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import threading
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -80,12 +82,20 @@ def run(kernel: Any, rows: int, shape: blocks.Shape, *arguments: Any, times: int
         ) from error
 
 
-def _on(device: torch.device) -> contextlib.AbstractContextManager[Any]:
-    if language.INTERPRETED:
-        import numpy as np
+_ONE_AT_A_TIME = threading.Lock()
 
-        return np.errstate(all="ignore")  # numpy evaluates both arms of a `where`
-    return torch.cuda.device(device)
+
+@contextlib.contextmanager
+def _on(device: torch.device) -> Iterator[None]:
+    if not language.INTERPRETED:
+        with torch.cuda.device(device):
+            yield
+        return
+    import numpy as np
+
+    # The interpreter changes triton.language while a kernel runs; numpy evaluates both arms of a `where`.
+    with _ONE_AT_A_TIME, np.errstate(all="ignore"):
+        yield
 
 
 def accumulate(tile: Tile, wanted: int, state: Tensor, label_logits: Tensor) -> None:

@@ -145,16 +145,17 @@ def finish(
         counted = known & active[:, None] & (label != ignore_index)
     for i in tl.static_range(len(NAMES)):
         out = outputs[i]
-        if NAMES[i] == "log_prob":
-            logit = tl.load(label_logits + at, mask=counted, other=0.0).to(tl.float64)
-            value = log_prob(maximum[:, None], tail[:, None], it[:, None], logit)
-            tl.store(out + at, tl.where(counted, value, 0.0).to(out.dtype.element_ty), mask=known)
-        elif NAMES[i] == "rank":
-            value = tl.load(rank + at, mask=counted, other=0)
-            tl.store(out + at, value, mask=known)
-        elif NAMES[i] == "is_top1":
-            value = counted & (label == column(state, here, 6).to(tl.int64)[:, None])
-            tl.store(out + at, value.to(out.dtype.element_ty), mask=known)
+        if NAMES[i] == "log_prob" or NAMES[i] == "rank" or NAMES[i] == "is_top1":
+            if LABELS > 0:
+                if NAMES[i] == "log_prob":
+                    logit = tl.load(label_logits + at, mask=counted, other=0.0).to(tl.float64)
+                    value = log_prob(maximum[:, None], tail[:, None], it[:, None], logit)
+                    value = tl.where(counted, value, 0.0)
+                elif NAMES[i] == "rank":
+                    value = tl.load(rank + at, mask=counted, other=0)
+                else:
+                    value = counted & (label == column(state, here, 6).to(tl.int64)[:, None])
+                tl.store(out + at, value.to(out.dtype.element_ty), mask=known)
         else:
             if NAMES[i] == "entropy":
                 value = entropy(maximum, tail, column(state, here, 2))
@@ -228,15 +229,16 @@ def prepare(
     e0 = it * 0.0
     for i in tl.static_range(len(NAMES)):
         if NAMES[i] == "log_prob":
-            slot = tl.arange(0, LABEL_BLOCK)[None, :]
-            known = here[:, None] & (slot < LABELS)
-            label = tl.load(labels + row[:, None] * LABELS + slot, mask=known, other=0)
-            counted = known & active[:, None] & (label != ignore_index)
-            own = tl.load(upstream[i] + row[:, None] * LABELS + slot, mask=counted, other=0.0).to(tl.float32)
-            # An impossible label shows as a row of NaN.
-            own = tl.where(counted & ((label < 0) | (label >= vocabulary)), float("nan"), own)
-            tl.store(gains[:, None] + slot, own, mask=known)
-            tl.store(gain_labels[:, None] + slot, label, mask=known)
+            if LABELS > 0:
+                slot = tl.arange(0, LABEL_BLOCK)[None, :]
+                known = here[:, None] & (slot < LABELS)
+                label = tl.load(labels + row[:, None] * LABELS + slot, mask=known, other=0)
+                counted = known & active[:, None] & (label != ignore_index)
+                own = tl.load(upstream[i] + row[:, None] * LABELS + slot, mask=counted, other=0.0).to(tl.float32)
+                # An impossible label shows as a row of NaN.
+                own = tl.where(counted & ((label < 0) | (label >= vocabulary)), float("nan"), own)
+                tl.store(gains[:, None] + slot, own, mask=known)
+                tl.store(gain_labels[:, None] + slot, label, mask=known)
         else:
             g = tl.load(upstream[i] + row * strides[i], mask=active, other=0.0).to(tl.float64)
             if NAMES[i] == "max_log_prob":
