@@ -10,10 +10,19 @@ import pytest
 import torch
 from torch import Tensor
 
+from fastdiv import backends
 from fastdiv.ops.covariance import masked_covariance
 
 GOLDEN = json.loads((Path(__file__).parent / "golden/rl_golden.json").read_text())
 FIXTURE = GOLDEN["fixtureA"]
+
+
+@pytest.fixture(
+    scope="session", params=[n for n, absent in backends.available().items() if absent is None and n != "native"]
+)
+def backend(request: pytest.FixtureRequest) -> str:
+    """The backends present, without "native": over tokens that is plain torch, as "reference" is."""
+    return str(request.param)
 
 
 @pytest.fixture(autouse=True)

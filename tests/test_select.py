@@ -17,13 +17,21 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fastdiv import select
+from fastdiv import backends, select
 from fastdiv.objectives.policy import clip_cov_select, kl_cov_select
 from fastdiv.ops.covariance import masked_covariance
 
 aten = torch.ops.aten
 
 NASTY = st.sampled_from([0.0, -0.0, 1.0, -1.0, math.inf, -math.inf, math.nan, 1e-45, -1e-45, 3.0e38, -3.0e38])
+
+
+@pytest.fixture(
+    scope="session", params=[n for n, absent in backends.available().items() if absent is None and n != "native"]
+)
+def backend(request: pytest.FixtureRequest) -> str:
+    """The backends present, without "native": over tokens that is plain torch, as "reference" is."""
+    return str(request.param)
 
 
 @pytest.fixture(autouse=True)
