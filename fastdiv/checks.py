@@ -195,11 +195,13 @@ def parameters(operator: str, names: tuple[str, ...], given: dict[str, float | N
 
 
 def workspace(operator: str, device: torch.device, value: object) -> int:
-    """Bytes for tiles of logits."""
+    """Bytes for tiles of logits; 0: as few as possible."""
     if value is None:
         return DEFAULT_WORKSPACE.get(device.type, DEFAULT_WORKSPACE_ELSEWHERE)
-    if isinstance(value, bool) or not isinstance(value, int) or value <= 0:
-        raise ValueError(f"{operator}: workspace must be a positive number of bytes, got {describe(value)}")
+    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+        raise ValueError(
+            f"{operator}: workspace must be a number of bytes, 0 for as few as possible, got {describe(value)}"
+        )
     return value
 
 

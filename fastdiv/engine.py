@@ -16,7 +16,7 @@ from fastdiv.planner import Plan, plan
 from fastdiv.request import Request
 from fastdiv.sources import work_dtype
 from fastdiv.statistics import Sums, Tokens, empty_state, per_label, wanted
-from fastdiv.tiles import Given, Projected, Side, Tile
+from fastdiv.tiles import Given, Projected, Projection, Side, Tile
 
 _LOG = logging.getLogger("fastdiv")
 
@@ -153,6 +153,21 @@ class Problem:
         return Sums(empty_state(self.rows, self.device), label_logits, compared, rank)
 
 
+def _on_chip(problem: Problem, sums: Sums) -> bool:
+    """All sums of a call that asks for the least memory, where the backend takes one model's hidden states itself."""
+    request = problem.request
+    if request.workspace or len(problem.student) == 1 or problem.teacher or request.second_look:
+        return False
+    hidden, weight, *bias = problem.student
+    rows = problem.gather(hidden.reshape(-1, hidden.shape[-1]))
+    projection = Projection(rows, weight, bias[0] if bias else None, request.student)
+    tokens = problem.every_token
+    done = problem.backend.accumulate_on_chip(projection, tokens, wanted(request), sums.state, sums.label_logits)
+    how = "logits stay on the chip" if done else "this backend forms tiles of logits"
+    _LOG.info("%s on %s: workspace 0, %s", "+".join(request.outputs), problem.backend.name, how)
+    return done
+
+
 def _accumulate(problem: Problem, sums: Sums, student: Side, teacher: Side | None, tiles: Plan, rows: slice) -> Tile:
     """Sums over all columns of some rows; returns the last tile (the only one where rows are full)."""
     request, part = problem.request, sums.part(rows)
@@ -193,12 +208,12 @@ def _gradient(
 
 def forward(problem: Problem) -> tuple[list[Tensor], Tensor, Tensor]:
     """(outputs, state [tokens, len(STATE)], compared [tokens, C, 3])."""
-    request = problem.request
-    tiles = problem.plan(full_rows=request.second_look)
-    student, teacher = problem.sides(tiles, [False] * (len(problem.student) + len(problem.teacher)))
-    sums = problem.empty_sums()
-    for rows in tiles.row_slices(problem.rows):
-        _accumulate(problem, sums, student, teacher, tiles, rows)
+    request, sums = problem.request, problem.empty_sums()
+    if not _on_chip(problem, sums):
+        tiles = problem.plan(full_rows=request.second_look)
+        student, teacher = problem.sides(tiles, [False] * (len(problem.student) + len(problem.teacher)))
+        for rows in tiles.row_slices(problem.rows):
+            _accumulate(problem, sums, student, teacher, tiles, rows)
     outputs = problem.backend.finish(request, problem.every_token, sums)
     shaped = [
         problem.scatter(value).reshape(problem.label_shape if per_label(name) else problem.lead)

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 # columns 0.745 s, 4096 columns 0.825 s, whole 0.850 s a product; narrower gains nothing).
 _TILE = 2 << 20
 _NARROWEST = 512  # columns: below this the products lose more than the cache gives
+_LEAST = 1 << 20  # bytes of a workspace that is to be as small as possible: a hundredth of what is usual
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,8 @@ def _evenly(total: int, largest: int) -> int:
 def plan(
     rows: int, vocabulary: int, projected: int, itemsize: int, workspace: int, full_rows: bool, cached: bool
 ) -> Plan:
-    """The tile for `projected` sides (0, 1 or 2) whose logits must be formed, within `workspace` bytes for all of them.
+    """The tile for `projected` sides (0, 1 or 2) whose logits must be formed, within `workspace` bytes for all of them
+    (0: as few as make sense).
 
     Logits that exist are one tile.  Sums that merge take all rows x a slice of the vocabulary, so that each slice of
     the weight gradient is finished at one visit.  What needs a second look takes full rows.  `cached`: a tile is worth
@@ -46,7 +48,7 @@ def plan(
     """
     if projected == 0:
         return Plan(max(rows, 1), vocabulary)
-    budget = max(workspace // (itemsize * projected), 1)
+    budget = max((workspace or _LEAST) // (itemsize * projected), 1)
     if full_rows:
         return Plan(_evenly(rows, budget // vocabulary), vocabulary)
     narrowest = min(_NARROWEST, vocabulary)

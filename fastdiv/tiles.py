@@ -61,6 +61,15 @@ class Tile(NamedTuple):
     tokens: Tokens
 
 
+class Projection(NamedTuple):
+    """Logits of n rows that nobody forms: transform of hidden @ weight.T + bias."""
+
+    hidden: Tensor  # [n, H]
+    weight: Tensor  # [V, H]
+    bias: Tensor | None  # [V]
+    transform: Transform
+
+
 class Given:
     """Logits [*, V] that exist."""
 

@@ -136,6 +136,22 @@ def test_a_row_without_any_finite_logit(backend: str) -> None:
         assert_bitwise_equal(value[[0, 2]], want[name][[0, 2]], name)
 
 
+@pytest.mark.parametrize("other", [False, True], ids=["student", "both"])
+def test_a_vocabulary_that_begins_without_probability(backend: str, other: bool) -> None:
+    """Whole blocks of -inf before the first number are as good as blocks of -inf after the last."""
+    x, y = random(3, 1500, seed=1), random(3, 1500, seed=2)
+    x[:, :1100] = -INF
+    if other:
+        y[:, :1100] = -INF
+    labels = torch.tensor([1100, 1499, 1300])
+    outputs = (*MODEL_OUTPUTS[:-1], "argmax", "rank", *DIVERGENCES)
+    got = fastdiv.token_stats(x, labels, teacher=y, outputs=outputs, backend=backend)
+    turned = fastdiv.token_stats(x.flip(1), 1499 - labels, teacher=y.flip(1), outputs=outputs, backend=backend)
+    turned["argmax"] = 1499 - turned.argmax
+    for name in outputs:
+        assert torch.allclose(got[name], turned[name], rtol=2e-6, atol=1e-6), name
+
+
 @pytest.mark.parametrize("value", [NAN, INF])
 @pytest.mark.parametrize("column", [0, 17, 2000])
 def test_nan_and_plus_infinity_spoil_their_row_only(backend: str, value: float, column: int) -> None:

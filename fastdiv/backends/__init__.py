@@ -22,7 +22,7 @@ from torch import Tensor
 from fastdiv import statistics
 from fastdiv.request import Request
 from fastdiv.statistics import Prepared, Sums, Tokens
-from fastdiv.tiles import Rows, Terms, Tile
+from fastdiv.tiles import Projection, Rows, Terms, Tile
 
 _LOG = logging.getLogger("fastdiv")
 
@@ -44,6 +44,12 @@ class Backend(abc.ABC):
 
         A tile that begins at column 0 is a row's first.
         """
+
+    def accumulate_on_chip(
+        self, projection: Projection, tokens: Tokens, wanted: int, state: Tensor, label_logits: Tensor
+    ) -> bool:
+        """`accumulate` of a whole vocabulary from hidden states, with no logits in memory; False: not here."""
+        return False
 
     @abc.abstractmethod
     def compare(self, tile: Tile, terms: Terms, sums: Sums, rank: bool) -> None:

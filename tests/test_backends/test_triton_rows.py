@@ -82,6 +82,29 @@ def test_number_of_launches(monkeypatch: pytest.MonkeyPatch) -> None:
     assert names[2:] == ["prepare", "gradient"]
 
 
+@pytest.mark.parametrize("compared", [False, True])
+def test_least_memory_keeps_logits_on_the_chip(monkeypatch: pytest.MonkeyPatch, compared: bool) -> None:
+    names: list[str] = []
+    original = launch.run
+    monkeypatch.setattr(
+        launch, "run", lambda kernel, *a, **k: (names.append(kernel.__name__), original(kernel, *a, **k))
+    )
+    hidden, weight = random(5, 24).requires_grad_(), random(V, 24, seed=1).requires_grad_()
+    head, labels = fastdiv.LinearLogits(hidden, weight, random(V, seed=2)), torch.tensor([3, -100, 0, V - 1, 7])
+    teacher = random(5, V, seed=3) if compared else None
+    outputs = ("log_prob", "entropy", *(("js",) if compared else ()))
+    got, want = (
+        fastdiv.token_stats(head, labels, teacher=teacher, outputs=outputs, backend=backend, workspace=0)
+        for backend in ("triton", "native" if fastdiv.info()["backends"]["native"] is None else "reference")  # type: ignore[index]
+    )
+    assert ("sum_spans" in names) != compared
+    for name in outputs:
+        assert torch.allclose(got[name], want[name], rtol=1e-6, atol=1e-6), name
+    gradients = [torch.autograd.grad(sum(v.sum() for v in out.values()), (hidden, weight)) for out in (got, want)]
+    for a, b in zip(*gradients, strict=True):
+        assert torch.allclose(a, b, rtol=1e-5, atol=1e-6)
+
+
 def test_a_kernel_that_fails_says_which_and_the_way_out(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*arguments: object, **fixed: object) -> None:
         raise RuntimeError("no such instruction")

@@ -15,7 +15,7 @@ from torch import Tensor
 from fastdiv.backends import Backend
 from fastdiv.request import Request
 from fastdiv.statistics import Prepared, Sums, Tokens
-from fastdiv.tiles import Rows, Terms, Tile
+from fastdiv.tiles import Projection, Rows, Terms, Tile
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -50,6 +50,14 @@ class Triton(Backend):
 
     def accumulate(self, tile: Tile, wanted: int, state: Tensor, label_logits: Tensor) -> None:
         _launch().accumulate(tile, wanted, state, label_logits)
+
+    def accumulate_on_chip(
+        self, projection: Projection, tokens: Tokens, wanted: int, state: Tensor, label_logits: Tensor
+    ) -> bool:
+        from fastdiv.backends.triton import linear
+
+        linear.statistics(*projection, tokens.inverse_temperature, tokens.labels, wanted, state, label_logits)
+        return True
 
     def compare(self, tile: Tile, terms: Terms, sums: Sums, rank: bool) -> None:
         if terms:

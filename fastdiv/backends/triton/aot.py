@@ -27,7 +27,7 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from fastdiv.backends.triton import blocks, launch
+from fastdiv.backends.triton import blocks, launch, linear, tokens
 from fastdiv.backends.triton.language import INTERPRETED
 from fastdiv.backends.triton.rows import COUNTS
 from fastdiv.divergences import DIVERGENCES
@@ -121,27 +121,31 @@ def _request(outputs: tuple[str, ...]) -> Request:
 
 def launches() -> list[Launch]:
     """What the backend launches: each dtype, with and without a transform; the sums of each operator and all sums at
-    once, from logits (the first tile) and added to earlier ones (a workspace's); each divergence."""
+    once, from logits (the first tile) and added to earlier ones (a workspace's); each divergence; what `linear` and
+    `tokens` name."""
     result: list[Launch] = []
     everything = sum(WANTED.values())
     both = WANTED["forward"] | WANTED["reverse"]
     single = {"normaliser": 0, "entropy": WANTED["first"], "one model": everything & ~both}
     pair = {"forward_kl": WANTED["forward"], "reverse_kl": WANTED["reverse"], "both models": everything}
-    for dtype, transform in itertools.product((torch.bfloat16, torch.float16, torch.float32), (PLAIN, CAPPED)):
+    kinds = itertools.product((torch.bfloat16, torch.float16, torch.float32), (PLAIN, CAPPED))
+    for dtype, transform in kinds:
         how = f"{str(dtype).removeprefix('torch.')}{' softcap' if transform is CAPPED else ''}"
         for teacher, sets in ((False, single), (True, pair)):
             for (name, wanted), first in itertools.product(sets.items(), (True, False)):
+                if not first and dtype != torch.float32:
+                    continue  # the tiles of a workspace are float32
                 with _recording(f"{how}, {name}{'' if first else ', added'}", result):
                     tile = _tile(dtype, teacher, transform, first)
                     launch.accumulate(tile, wanted, *_empty(("rank",))[:2])
         for outputs in (("log_prob",), ("log_prob", "entropy"), *((name,) for name in DIVERGENCES), tuple(DIVERGENCES)):
-            request, tokens = _request(outputs), _tokens(True)
+            request, own = _request(outputs), _tokens(True)
             with _recording(f"{how}, {'+'.join(outputs)}", result):
                 sums = Sums(*_empty(outputs))
                 tile = _tile(dtype, any(name in DIVERGENCES for name in outputs), transform)
                 if len(outputs) < len(DIVERGENCES):
                     launch.compare(tile, list(request.compared), sums)
-                prepared = launch.prepare(request, tokens, sums, {name: torch.ones(2) for name in outputs})
+                prepared = launch.prepare(request, own, sums, {name: torch.ones(2) for name in outputs})
                 launch.gradient(tile, prepared, tile.student, tile.teacher)
         with _recording(how, result):
             launch.rank(_tile(dtype, False, transform), Sums(*_empty(("rank",))))
@@ -150,6 +154,9 @@ def launches() -> list[Launch]:
         launch.finish(_request(every), _tokens(True), Sums(*_empty(every)))
         differentiated = {name: torch.ones(2) for name in every if differentiable(name)}
         launch.prepare(_request(every), _tokens(True), Sums(*_empty(every)), differentiated)
+    for title, call in itertools.chain(linear.aot_launches(), tokens.aot_launches()):
+        with _recording(title, result):
+            call()
     return _distinct(result)
 
 

@@ -274,7 +274,7 @@ def accumulate(
         if SECOND:
             zz = z * tl.maximum((t - offset(x_new)[:, None]) * it[:, None], FLOOR)
         if any_of(x_top == x_new):
-            is_top = inside & (t == x_new[:, None])
+            is_top = (t == x_new[:, None]) & (x_new > -float("inf"))[:, None]
             if any_of(x_raised):
                 x_old = x_tail + total(x_max, 0.0)[:, None] * lane_0
                 fade = tl.exp(-a)[:, None]
@@ -294,7 +294,7 @@ def accumulate(
                 square = beside_maximum(square, is_top, x_raised, lane_0)
         if PAIR:
             if any_of(y_top == y_new):
-                is_top = inside & (u == y_new[:, None])
+                is_top = (u == y_new[:, None]) & (y_new > -float("inf"))[:, None]
                 y_old = y_tail + total(y_max, 0.0)[:, None] * lane_0
                 y_tail = tl.where(y_raised[:, None], tl.exp(-b)[:, None] * y_old, y_tail)
                 f = beside_maximum(f, is_top, y_raised, lane_0)
