@@ -69,9 +69,9 @@ def top_k(
     wanted = _check_k("top_k", k, ratio)
     first = _first_index(scores, process_group) if index is None else None
     if has_kernels(scores.device, backend):
-        from fastdiv.backends.triton import tokens
+        from fastdiv.backends.triton import selection
 
-        return tokens.smallest(
+        return selection.smallest(
             scores, mask, index, scores, k=wanted, largest=largest, offset=first, process_group=process_group
         )
     valid = everyone(scores) if mask is None else mask
@@ -121,9 +121,9 @@ def random_subset(
     first = _first_index(eligible, process_group) if index is None else None
     drawn = _draw(seed, step)
     if has_kernels(eligible.device, backend):
-        from fastdiv.backends.triton import tokens
+        from fastdiv.backends.triton import selection
 
-        return tokens.smallest(
+        return selection.smallest(
             None, eligible, index, eligible, k=wanted, drawn=drawn, offset=first, process_group=process_group
         )
     index = _positions(eligible, first) if index is None else index

@@ -72,9 +72,9 @@ def masked_covariance(
     check_alike("masked_covariance", mask, {"x": x, "y": y}, precise=False)
     dtype = torch.float64 if torch.float64 in (x.dtype, y.dtype) else torch.float32
     if has_kernels(x.device, backend):
-        from fastdiv.backends.triton import tokens
+        from fastdiv.backends.triton import covariance as kernels
 
-        return MaskedCovariance(*tokens.covariance(x, y, mask, dtype, process_group))
+        return MaskedCovariance(*kernels.covariance(x, y, mask, dtype, process_group))
     valid = everyone(x) if mask is None else mask
     x, y = torch.where(valid, x, 0).double(), torch.where(valid, y, 0).double()
 

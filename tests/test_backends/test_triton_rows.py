@@ -115,7 +115,7 @@ def test_a_kernel_that_fails_says_which_and_the_way_out(monkeypatch: pytest.Monk
         def __getitem__(self, grid: object) -> object:
             return fail
 
-    monkeypatch.setattr(rows, "accumulate", Kernel())
+    monkeypatch.setattr(launch, "accumulate_kernel", Kernel())
     with pytest.raises(
         RuntimeError, match=r"kernel accumulate does not compile or run on the interpreter.*no such inst"
     ):

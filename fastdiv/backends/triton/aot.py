@@ -27,7 +27,7 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from fastdiv.backends.triton import blocks, launch, linear, tokens
+from fastdiv.backends.triton import blocks, covariance, launch, linear, selection
 from fastdiv.backends.triton.language import INTERPRETED
 from fastdiv.backends.triton.rows import COUNTS
 from fastdiv.divergences import DIVERGENCES
@@ -121,8 +121,8 @@ def _request(outputs: tuple[str, ...]) -> Request:
 
 def launches() -> list[Launch]:
     """What the backend launches: each dtype, with and without a transform; the sums of each operator and all sums at
-    once, from logits (the first tile) and added to earlier ones (a workspace's); each divergence; what `linear` and
-    `tokens` name."""
+    once, from logits (the first tile) and added to earlier ones (a workspace's); each divergence; what `linear`,
+    `covariance` and `selection` name."""
     result: list[Launch] = []
     everything = sum(WANTED.values())
     both = WANTED["forward"] | WANTED["reverse"]
@@ -154,7 +154,7 @@ def launches() -> list[Launch]:
         launch.finish(_request(every), _tokens(True), Sums(*_empty(every)))
         differentiated = {name: torch.ones(2) for name in every if differentiable(name)}
         launch.prepare(_request(every), _tokens(True), Sums(*_empty(every)), differentiated)
-    for title, call in itertools.chain(linear.aot_launches(), tokens.aot_launches()):
+    for title, call in itertools.chain.from_iterable(m.aot_launches() for m in (linear, covariance, selection)):
         with _recording(title, result):
             call()
     return _distinct(result)

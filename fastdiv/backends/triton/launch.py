@@ -14,6 +14,10 @@ from torch import Tensor
 from triton.errors import TritonError
 
 from fastdiv.backends.triton import blocks, language, rows, scalars
+from fastdiv.backends.triton.accumulate import accumulate as accumulate_kernel
+from fastdiv.backends.triton.compare import compare as compare_kernel
+from fastdiv.backends.triton.compare import rank as rank_kernel
+from fastdiv.backends.triton.gradient import gradient as gradient_kernel
 from fastdiv.divergences import DIVERGENCES
 from fastdiv.request import Request
 from fastdiv.statistics import COEFFICIENTS, WANTED, Prepared, Sums, Tokens, output_dtype, per_label
@@ -103,7 +107,7 @@ def accumulate(tile: Tile, wanted: int, state: Tensor, label_logits: Tensor) -> 
     count, labels = tile.tokens.labels.shape
     shape = blocks.shape("accumulate_pair" if tile.teacher else "accumulate", tile.columns)
     run(
-        rows.accumulate,
+        accumulate_kernel,
         count,
         shape,
         *logits(tile.student),
@@ -250,7 +254,7 @@ def compare(tile: Tile, terms: Terms, sums: Sums) -> None:
     frame, shape = _frames(tile.tokens, sums.state), blocks.shape("compare", tile.columns)
     for i, (divergence, parameter) in enumerate(terms):
         run(
-            rows.compare,
+            compare_kernel,
             count,
             shape,
             *logits(tile.student),
@@ -275,7 +279,7 @@ def rank(tile: Tile, sums: Sums) -> None:
     count, labels = sums.rank.shape
     shape = blocks.shape("rank", tile.columns)
     run(
-        rows.rank,
+        rank_kernel,
         count,
         shape,
         *logits(tile.student),
@@ -297,7 +301,7 @@ def gradient(tile: Tile, prepared: Framed, student: Rows | None, teacher: Rows |
     other = tile.teacher if terms or teacher else None
     shape = blocks.shape("gradient_pair" if other else "gradient", tile.columns)
     run(
-        rows.gradient,
+        gradient_kernel,
         count,
         shape,
         *logits(tile.student),

@@ -97,7 +97,7 @@ def frames(
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """What `rows.compare` subtracts from logits, once a row: the float64 logarithms would cost each of its threads."""
+    """What `compare` subtracts from logits, once a row: the float64 logarithms would cost each of its threads."""
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     here = row < rows
     it = tl.load(inverse_temperature + row, mask=here, other=1.0).to(tl.float64)
@@ -209,7 +209,7 @@ def prepare(
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """`fastdiv.statistics.prepare`, and the frame that `rows.gradient` wants; all 0 where a row does not take part."""
+    """`fastdiv.statistics.prepare`, and the frame that `gradient` wants; all 0 where a row does not take part."""
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     here = row < rows
     it = tl.load(inverse_temperature + row, mask=here, other=1.0).to(tl.float64)
