@@ -3,6 +3,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
 #include <string>
 #include <vector>
 
@@ -20,12 +21,14 @@ T* at(Address address) {
   return reinterpret_cast<T*>(address);
 }
 
-// Rows are independent and each is one thread's: results do not depend on the number of threads.
+// Rows are independent and each is one thread's: results do not depend on the number of threads.  A thread
+// takes neighbours, because the end of a row fetches what follows it in memory.
 template <typename Args>
 void for_each_row(void (*kernel)(const Args&, int64_t), const Args& args, int threads) {
   const int64_t rows = args.tile.rows;
   const bool worthwhile = rows * args.tile.columns > (1 << 15);  // waking a thread costs some microseconds
-#pragma omp parallel for schedule(dynamic) num_threads(threads) if (worthwhile)
+  const int64_t share = std::clamp<int64_t>(rows / (8 * threads), 1, 16);
+#pragma omp parallel for schedule(dynamic, share) num_threads(threads) if (worthwhile)
   for (int64_t row = 0; row < rows; ++row) kernel(args, row);
 }
 
