@@ -13,10 +13,16 @@ PIP    := $(PY) -m pip install --quiet --constraint $(VENV)/constraints.txt
 TOOLED := $(VENV)/.torch-$(TORCH)
 CSRC   := $(wildcard csrc/*.cpp csrc/*.h)
 
-.PHONY: test demo bench lint format native wheel gpu clean
+.PHONY: test suite kernels demo bench lint format native wheel gpu clean
 
+# Both at once: much of the suite keeps one core busy.
 test: lint native
+	$(MAKE) --jobs=2 --output-sync=line suite kernels
+
+suite:
 	$(PY) -m pytest
+
+kernels:
 	$(VENV)/bin/fastdiv check --brief --aot sm_80 sm_90 gfx942
 
 demo: $(VENV)/.train native
