@@ -6,7 +6,6 @@ import logging
 import math
 import os
 from collections.abc import Callable
-from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -228,7 +227,8 @@ def backward(
     """Gradients of every student and teacher tensor (None where `needs` is False)."""
     tiles = problem.plan(full_rows=False)
     student, teacher = problem.sides(tiles, needs)
-    sums = replace(problem.empty_sums(), state=problem.gather(state), compared=problem.gather(compared))
+    nothing = problem.every_token.labels[:, :0]
+    sums = Sums(problem.gather(state), nothing.to(problem.work), problem.gather(compared), nothing)
     lead = len(problem.lead)
     flat = {n: problem.gather(g.reshape(problem.tokens, *g.shape[lead:])) for n, g in upstream.items()}
     for rows in tiles.row_slices(problem.rows):

@@ -6,6 +6,7 @@ import os
 
 import pytest
 import torch
+from cases import MODEL_OUTPUTS
 from torch import Tensor
 
 pytest.importorskip("triton")
@@ -21,17 +22,7 @@ from fastdiv.testing import assert_accurate, assert_bitwise_equal, reference
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 PLAIN = Transform()
 EVERY = sum(WANTED[name] for name in ("first", "second", "squares", "sum", "argmax"))
-OUT = (
-    "log_prob",
-    "entropy",
-    "logsumexp",
-    "log_sum_sq_probs",
-    "varentropy",
-    "max_log_prob",
-    "mean_logit",
-    "argmax",
-    "is_top1",
-)
+OUT = (*MODEL_OUTPUTS, "argmax", "is_top1")
 
 
 def made(rows: int, vocabulary: int, width: int, dtype: torch.dtype, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:

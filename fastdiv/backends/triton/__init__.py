@@ -20,7 +20,8 @@ from fastdiv.tiles import Projection, Rows, Terms, Tile
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
-def _interpreted() -> bool:
+def interpreted() -> bool:
+    """Whether kernels run in Triton's interpreter, on CPU tensors."""
     return os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
 
 
@@ -36,13 +37,13 @@ class Triton(Backend):
     def __init__(self) -> None:
         if importlib.util.find_spec("triton") is None:
             raise ImportError("triton is not installed; pip install 'fastdiv[triton]'")
-        if not torch.cuda.is_available() and not _interpreted():
+        if not torch.cuda.is_available() and not interpreted():
             raise ImportError("torch sees no GPU; TRITON_INTERPRET=1 runs it on a CPU, slowly")
 
     def refuses(self, dtype: torch.dtype, device: torch.device) -> str | None:
         """Why inputs of this dtype and device cannot be taken, or None."""
-        if device.type != ("cpu" if _interpreted() else "cuda"):
-            how = "runs on cpu with TRITON_INTERPRET=1" if _interpreted() else "runs on cuda devices"
+        if device.type != ("cpu" if interpreted() else "cuda"):
+            how = "runs on cpu with TRITON_INTERPRET=1" if interpreted() else "runs on cuda devices"
             return f"it {how}, got {device}"
         if dtype not in _DTYPES:
             return f"it takes float32, float16 and bfloat16, got {dtype}"

@@ -9,17 +9,17 @@ from __future__ import annotations
 
 import hashlib
 import inspect
-import os
 import types
 
 import triton
 import triton.language as tl
 
 from fastdiv import pointwise, rowwise
+from fastdiv.backends.triton import interpreted
 from fastdiv.divergences import DIVERGENCES
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
-"""Whether kernels run in Triton's interpreter, on CPU tensors.  Triton decides it as it meets the first kernel."""
+INTERPRETED = interpreted()
+"""Triton decides it as it meets the first kernel: from here on it stays."""
 
 
 def function(f):

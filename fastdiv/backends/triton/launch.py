@@ -142,7 +142,7 @@ def _tokens(tokens: Tokens) -> Arguments:
 
 def _labels(tokens: Tokens) -> dict[str, Any]:
     labels = tokens.labels.shape[1]
-    return {"LABELS": labels, "LABEL_BLOCK": blocks.power_of_two(labels), "TEXT": language.TEXT}
+    return {"LABELS": labels, "LABEL_BLOCK": blocks.power_of_two(labels)}
 
 
 def _divergences(request: Request, names: tuple[str, ...]) -> dict[str, Any]:

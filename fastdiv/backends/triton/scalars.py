@@ -93,7 +93,6 @@ def frames(
     rows,
     LABELS: tl.constexpr,
     LABEL_BLOCK: tl.constexpr,
-    TEXT: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -125,7 +124,6 @@ def finish(
     COMPARED: tl.constexpr,  # its place in `compared`, or -1
     LABELS: tl.constexpr,
     LABEL_BLOCK: tl.constexpr,
-    TEXT: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -205,7 +203,6 @@ def prepare(
     GAINS: tl.constexpr,
     LABELS: tl.constexpr,
     LABEL_BLOCK: tl.constexpr,
-    TEXT: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
