@@ -1,8 +1,8 @@
 """From sums over the vocabulary to outputs, and from upstream gradients to the coefficients of the row gradient.
 
 Backends sum (`STATE`) and apply coefficients.  What lies between stands here as torch on [rows] tensors, its values in
-`fastdiv.rowwise`; the Triton backend does the same in a launch (`scalars.py`).  Notation: z = logit / temperature, m its
-maximum, p = softmax(z), lp = log p, H the entropy.
+`fastdiv.rowwise`; the Triton backend does the same in a launch (`scalars.py`).  Notation: z = logit / temperature, m
+its maximum, p = softmax(z), lp = log p, H the entropy.
 
 A row gradient is dL/dz = p (c0 + c1 lp + c2 lp^2 + c3 p) + c4 + sum of gain * dlp + label terms for the student, and
 e0 q + sum of gain * dlq for the teacher: with L = sum l(lp), h = dl/dlp, dL/dz = h - p sum(h) is linear in these.
