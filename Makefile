@@ -11,9 +11,9 @@ PY     := $(VENV)/bin/python
 # Nothing that pip resolves may replace the torch that was asked for.
 PIP    := $(PY) -m pip install --quiet --constraint $(VENV)/constraints.txt
 TOOLED := $(VENV)/.torch-$(TORCH)
-CSRC   := $(wildcard csrc/*.cpp csrc/*.h)
+CSRC   := $(wildcard csrc/*.* csrc/cuda/*.h csrc/cuda/*.c*)
 
-.PHONY: test suite kernels demo bench lint format native wheel gpu clean
+.PHONY: test suite kernels cuda-kernels demo bench lint format native wheel gpu clean
 
 # Both at once: much of the suite keeps one core busy.
 test: lint native
@@ -23,7 +23,13 @@ suite:
 	$(PY) -m pytest
 
 kernels:
+	$(PY) csrc/cuda/resources.py --brief
 	$(VENV)/bin/fastdiv check --brief --aot sm_80 sm_90 gfx942
+
+# Needs nvcc, but neither a GPU nor an environment: a table of registers, stack and shared memory of each CUDA kernel.
+cuda-kernels: PY := python3
+cuda-kernels:
+	$(PY) csrc/cuda/resources.py
 
 demo: $(VENV)/.train native
 	$(PY) -m fastdiv.training.demo
@@ -42,9 +48,11 @@ format: $(VENV)/.dev
 	$(PY) -m ruff format .
 	$(VENV)/bin/clang-format -i $(CSRC)
 
-# In the source tree, so that a change in csrc/ compiles again what it touches and nothing else.
+# In the source tree, so that a change in csrc/ compiles again what it touches and nothing else.  The CUDA kernels come
+# in lock-step, as the suite wants them; that needs an x86-64.
 native: $(TOOLED)
-	$(PY) setup.py --quiet build_ext --inplace
+	FASTDIV_BUILD=cpu FASTDIV_LOCKSTEP=$(if $(filter x86_64,$(shell uname -m)),1) \
+	  $(PY) setup.py --quiet build_ext --inplace
 
 wheel: $(TOOLED)
 	rm -rf build
@@ -53,13 +61,15 @@ wheel: $(TOOLED)
 # A machine that brings its own torch, and may be offline: nothing is downloaded and no environment made.
 gpu: PY := python3
 gpu:
-	$(PY) -m pip install --quiet --no-build-isolation --no-deps --editable . \
+	FASTDIV_BUILD=cuda FASTDIV_CUDA_ARCHS=$$($(PY) -c 'import torch; print("%d%d" % torch.cuda.get_device_capability())') \
+	  $(PY) setup.py --quiet build_ext --inplace || echo 'gpu: no CUDA kernels of our own, going on without'
+	FASTDIV_BUILD=none $(PY) -m pip install --quiet --no-build-isolation --no-deps --editable . \
 	  || echo 'gpu: not installed, running from the source tree'
 	$(PY) -m fastdiv.cli info
 	$(PY) -m benchmarks.gpu
 
 clean:
-	rm -rf build dist *.egg-info fastdiv/_C*.so .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf build dist *.egg-info fastdiv/_C*.so fastdiv/_lockstep*.so .mypy_cache .pytest_cache .ruff_cache .hypothesis
 
 $(TOOLED):
 	test -x $(PY) || $(PYTHON) -m venv $(VENV)

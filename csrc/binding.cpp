@@ -9,6 +9,15 @@
 
 #include "pointwise.h"
 #include "rows.h"
+#if defined(FD_CUDA)
+#include "cuda/bind_rows.h"
+#include "cuda/bind_tokens.h"
+#endif
+
+// The name of the module: another one has the CUDA kernels in lock-step on a CPU.
+#if !defined(FD_MODULE)
+#define FD_MODULE _C
+#endif
 
 namespace py = pybind11;
 
@@ -46,17 +55,25 @@ std::string instruction_set() {
 
 }  // namespace
 
-PYBIND11_MODULE(_C, m) {
+PYBIND11_MODULE(FD_MODULE, m) {
   using Release = py::call_guard<py::gil_scoped_release>;
 
-  py::class_<fd::Logits>(m, "Logits")
-      .def(py::init([](Address data, Address offsets, int32_t dtype, float scale, float softcap) {
-        return fd::Logits{at<const void>(data), at<const int64_t>(offsets), dtype, scale, softcap};
+  // Local, as two modules of a process may have them.
+  py::class_<fd::Logits>(m, "Logits", py::module_local())
+      .def(py::init([](Address data, Address offsets, int64_t stride, int32_t dtype, float scale,
+                       float softcap) {
+        return fd::Logits{at<const void>(data), at<const int64_t>(offsets), stride, dtype, scale, softcap};
       }));
 
-  py::class_<fd::Tile>(m, "Tile").def(
-      py::init([](const fd::Logits& student, const fd::Logits& teacher, int64_t rows, int64_t columns,
-                  int64_t first_column, Address inverse_temperature, Address labels, int64_t labels_per_row) {
+  py::class_<fd::Target>(m, "Target", py::module_local())
+      .def(py::init([](Address data, Address offsets, int64_t stride, int32_t dtype) {
+        return fd::Target{at<void>(data), at<const int64_t>(offsets), stride, dtype};
+      }));
+
+  py::class_<fd::Tile>(m, "Tile", py::module_local())
+      .def(py::init([](const fd::Logits& student, const fd::Logits& teacher, int64_t rows, int64_t columns,
+                       int64_t first_column, Address inverse_temperature, Address labels,
+                       int64_t labels_per_row, Address mask, int64_t ignore_index) {
         return fd::Tile{student,
                         teacher,
                         rows,
@@ -64,7 +81,9 @@ PYBIND11_MODULE(_C, m) {
                         first_column,
                         at<const float>(inverse_temperature),
                         at<const int64_t>(labels),
-                        labels_per_row};
+                        labels_per_row,
+                        at<const uint8_t>(mask),
+                        ignore_index};
       }));
 
   m.def(
@@ -89,16 +108,21 @@ PYBIND11_MODULE(_C, m) {
   m.def(
       "gradient",
       [](const fd::Tile& tile, const std::vector<int32_t>& divergences, const std::vector<float>& parameters,
-         Address state, Address coefficients, Address label_gains, Address student, Address student_offsets,
-         Address teacher, Address teacher_offsets, int threads) {
-        for_each_row(fd::gradient_row,
-                     fd::Gradient{tile, terms(divergences, parameters), at<const fd::RowState>(state),
-                                  at<const float>(coefficients), at<const float>(label_gains),
-                                  at<void>(student), at<void>(teacher), at<const int64_t>(student_offsets),
-                                  at<const int64_t>(teacher_offsets)},
-                     threads);
+         Address state, Address coefficients, Address label_gains, const fd::Target& student,
+         const fd::Target& teacher, int threads) {
+        for_each_row(
+            fd::gradient_row,
+            fd::Gradient{tile, terms(divergences, parameters), at<const fd::RowState>(state),
+                         at<const float>(coefficients), at<const float>(label_gains), student, teacher},
+            threads);
       },
       Release());
+
+#if defined(FD_CUDA)
+  auto cuda = m.def_submodule("cuda");
+  fd::bind_rows(cuda);
+  bind_tokens(cuda);
+#endif
 
   m.def("instruction_set", &instruction_set);
   m.attr("state_fields") = sizeof(fd::RowState) / sizeof(double);

@@ -5,6 +5,8 @@
 
 // Every divergence, in the order of fastdiv/divergences.py: the place in this list is its number.
 #define FD_DIVERGENCES(X) X(forward_kl) X(reverse_kl) X(jeffreys) X(js) X(tv)
+// Those that need both normalisers before their terms can be summed.
+#define FD_COMPARED(X) X(js) X(tv)
 
 namespace fd {
 

@@ -1,7 +1,9 @@
-// The seam between kernels and binding: plain structs and functions over one row.  No torch, no Python, no
+// The seam between kernels and binding: plain structs, and functions over one row.  No torch, no Python, no
 // threads.
 #pragma once
 #include <cstdint>
+
+#include "language.h"
 
 namespace fd {
 
@@ -11,10 +13,25 @@ enum DType : int32_t { kFloat32 = 0, kFloat16 = 1, kBFloat16 = 2 };
 // t = softcap * tanh(scale * x / softcap), or scale * x where softcap is 0.
 struct Logits {
   const void* data = nullptr;        // null: there is no such model
-  const int64_t* offsets = nullptr;  // [rows] first element of each row
+  const int64_t* offsets = nullptr;  // [rows] first element of each row, or null:
+  int64_t stride = 0;                // elements from a row to the next
   int32_t dtype = kFloat32;
   float scale = 1.0f, softcap = 0.0f;
 };
+
+// Where a gradient goes: rows as those of logits.
+struct Target {
+  void* data = nullptr;  // null: nobody wants it
+  const int64_t* offsets = nullptr;
+  int64_t stride = 0;
+  int32_t dtype = kFloat32;
+};
+
+// The first element of a row.
+template <typename Rows>
+FD_INLINE int64_t first_of(const Rows& side, int64_t row) {
+  return side.offsets ? side.offsets[row] : row * side.stride;
+}
 
 // A tile: columns [first_column, first_column + columns) of some rows of the vocabulary.
 struct Tile {
@@ -23,6 +40,10 @@ struct Tile {
   const float* inverse_temperature = nullptr;  // [rows]
   const int64_t* labels = nullptr;             // [rows, labels_per_row]; outside the tile: nothing happens
   int64_t labels_per_row = 0;
+  // Rows that do not take part: masked, or with labels that are all ignored.  The CPU's kernels never see
+  // one.
+  const uint8_t* mask = nullptr;  // [rows] 0: masked; or null
+  int64_t ignore_index = 0;
 };
 
 // What `accumulate` sums beside the normalisers, as bits.
@@ -85,10 +106,7 @@ struct Gradient {
   const RowState* state = nullptr;
   const float* coefficients = nullptr;  // [rows, 6 + terms.count]: c0 c1 c2 c3 c4 e0 gain...
   const float* label_gains = nullptr;   // [rows, labels_per_row]
-  void* student = nullptr;  // gradients, in the dtype of the logits; may be the logits themselves; or null
-  void* teacher = nullptr;
-  const int64_t* student_offsets = nullptr;  // [rows]
-  const int64_t* teacher_offsets = nullptr;
+  Target student, teacher;              // may be the logits themselves, in the logits' dtype
 };
 
 void accumulate_row(const Accumulate& args, int64_t row);

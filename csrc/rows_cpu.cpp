@@ -31,20 +31,6 @@ FD_INLINE void narrow(float x, BFloat16& out) {
   out.bits = static_cast<uint16_t>(x != x ? 0x7fc0u : rounded >> 16);
 }
 
-// Error below 2 ulp.  Near 0 x + x^3 p(x^2), p a fit by Chebyshev's nodes; beyond, 1 - 2 e / (1 + e), e =
-// exp(-2x).
-FD_INLINE float tanh(float x) {
-  const float u = abs(x), z = x * x;
-  float p = 2.249316449e-03f;
-  p = p * z - 8.305100648e-03f;
-  p = p * z + 2.175692685e-02f;
-  p = p * z - 5.395777575e-02f;
-  p = p * z + 1.333329729e-01f;
-  p = p * z - 3.333333313e-01f;
-  const float e = exp(-2.0f * u), near = u + u * (z * p), far = 1.0f - 2.0f * e / (1.0f + e);
-  return __builtin_copysignf(u < 0.625f ? near : far, x);
-}
-
 template <typename T>
 FD_INLINE void load(const T* from, int64_t n, float scale, float softcap, float* to) {
   if (softcap == 0.0f) {
@@ -58,7 +44,7 @@ FD_INLINE void load(const T* from, int64_t n, float scale, float softcap, float*
 
 FD_INLINE int64_t width(const Logits& side) { return side.dtype == kFloat32 ? 4 : 2; }
 FD_INLINE const char* address(const Logits& side, int64_t row, int64_t column) {
-  return static_cast<const char*>(side.data) + (side.offsets[row] + column) * width(side);
+  return static_cast<const char*>(side.data) + (first_of(side, row) + column) * width(side);
 }
 
 FD_INLINE void prefetch(const char* from, int64_t bytes) {
@@ -78,7 +64,7 @@ FD_INLINE void fetch(const Ahead& ahead, int64_t begin, int64_t end) {
 // Transformed logits of one chunk: the tensor's own memory where there is nothing to transform, else
 // `buffer`.
 FD_INLINE const float* chunk(const Logits& side, int64_t row, int64_t column, int64_t n, float* buffer) {
-  const int64_t at = side.offsets[row] + column;
+  const int64_t at = first_of(side, row) + column;
   switch (side.dtype) {
     case kFloat32: {
       const float* x = static_cast<const float*>(side.data) + at;
@@ -330,8 +316,10 @@ FD_INLINE void store(const float* g, const float* t, int64_t n, float it, float 
   }
 }
 
-FD_INLINE void store(const Logits& side, const float* g, const float* t, int64_t n, float it, void* out,
-                     int64_t at) {
+FD_INLINE void store(const Logits& side, const float* g, const float* t, int64_t n, float it,
+                     const Target& target, int64_t row, int64_t column) {
+  void* out = target.data;
+  const int64_t at = first_of(target, row) + column;
   switch (side.dtype) {
     case kFloat32:
       return store(g, t, n, it, side.scale, side.softcap, static_cast<float*>(out) + at);
@@ -457,7 +445,7 @@ FD_CLONES void compare_row(const Compare& args, int64_t row) {
 FD_CLONES void gradient_row(const Gradient& args, int64_t row) {
   const Tile& tile = args.tile;
   const RowState& s = args.state[row];
-  const bool pair = args.terms.count > 0 || args.teacher;
+  const bool pair = args.terms.count > 0 || args.teacher.data;
   const float it = tile.inverse_temperature[row];
   const float* c_ = args.coefficients + row * (6 + args.terms.count);
   const float *gains = c_ + 6, c1 = c_[1], c2 = c_[2], c3 = c_[3], c4 = c_[4], e0 = c_[5];
@@ -480,16 +468,16 @@ FD_CLONES void gradient_row(const Gradient& args, int64_t row) {
       prefetch(address(tile.teacher, row, c + n), n * width(tile.teacher));
       compare(x, y, n, s, it, p, q, d);
       std::fill(dx, dx + n, 0.0f);
-      if (args.teacher) {
+      if (args.teacher.data) {
 #pragma omp simd
         for (int64_t i = 0; i < n; ++i) dy[i] = e0 * q[i];
       }
       for (int64_t i = 0; i < args.terms.count; ++i)
         add_gradients(args.terms.divergence[i], args.terms.parameter[i], gains[i], d, p, q, n, dx,
-                      args.teacher ? dy : nullptr);
-      if (args.teacher) store(tile.teacher, dy, y, n, it, args.teacher, args.teacher_offsets[row] + c);
+                      args.teacher.data ? dy : nullptr);
+      if (args.teacher.data) store(tile.teacher, dy, y, n, it, args.teacher, row, c);
     }
-    if (!args.student) continue;
+    if (!args.student.data) continue;
     // The label's entry has a factor 1 - p that float cannot hold when p is near 1: it is redone in double
     // below.
     struct Exact {
@@ -510,7 +498,7 @@ FD_CLONES void gradient_row(const Gradient& args, int64_t row) {
     }
     polynomial(x, n, frame, it, c0, c_, pair ? p : nullptr, dx);
     for (const Exact& e : exact) dx[e.at] = e.value;
-    store(tile.student, dx, x, n, it, args.student, args.student_offsets[row] + c);
+    store(tile.student, dx, x, n, it, args.student, row, c);
   }
 }
 

@@ -2,7 +2,10 @@ divergences: list[str]
 state_fields: int
 
 class Logits:
-    def __init__(self, data: int, offsets: int, dtype: int, scale: float, softcap: float) -> None: ...
+    def __init__(self, data: int, offsets: int, stride: int, dtype: int, scale: float, softcap: float) -> None: ...
+
+class Target:
+    def __init__(self, data: int, offsets: int, stride: int, dtype: int) -> None: ...
 
 class Tile:
     def __init__(
@@ -15,6 +18,8 @@ class Tile:
         inverse_temperature: int,
         labels: int,
         labels_per_row: int,
+        mask: int,
+        ignore_index: int,
     ) -> None: ...
 
 def accumulate(tile: Tile, wanted: int, state: int, label_logits: int, threads: int) -> None: ...
@@ -35,10 +40,8 @@ def gradient(
     state: int,
     coefficients: int,
     label_gains: int,
-    student: int,
-    student_offsets: int,
-    teacher: int,
-    teacher_offsets: int,
+    student: Target,
+    teacher: Target,
     threads: int,
 ) -> None: ...
 def instruction_set() -> str: ...

@@ -32,7 +32,8 @@ __all__ = [
 
 
 def info() -> dict[str, object]:
-    """What is installed here: versions, backends (None, or why one is absent), the native build's instruction set."""
+    """What is installed here: versions, backends (None, or why one is absent), the native build's instruction set
+    and the GPUs that it has code for."""
     import sys
 
     import torch
@@ -41,10 +42,12 @@ def info() -> dict[str, object]:
 
     found = backends.available()
     native: str | None = None
+    built: list[str] = []
     if found["native"] is None:
         from fastdiv import _C
+        from fastdiv.backends import cuda
 
-        native = _C.instruction_set()
+        native, built = _C.instruction_set(), cuda.architectures(_C)
     return {
         "fastdiv": __version__,
         "python": sys.version.split()[0],
@@ -52,6 +55,7 @@ def info() -> dict[str, object]:
         "threads": torch.get_num_threads(),
         "backends": found,
         "native_instruction_set": native,
+        "cuda_architectures": built or None,
     }
 
 

@@ -172,9 +172,10 @@ def _accumulate(problem: Problem, sums: Sums, student: Side, teacher: Side | Non
     request, part = problem.request, sums.part(rows)
     for columns in tiles.column_slices(problem.vocabulary):
         tile = problem.tile(student, teacher, rows, columns)
-        problem.backend.accumulate(tile, wanted(request), part.state, part.label_logits)
-    if request.second_look:
-        problem.backend.compare(tile, list(request.compared), part, "rank" in request.outputs)
+        if request.second_look:  # rows are full
+            problem.backend.look(tile, wanted(request), list(request.compared), part, "rank" in request.outputs)
+        else:
+            problem.backend.accumulate(tile, wanted(request), part.state, part.label_logits)
     return tile
 
 

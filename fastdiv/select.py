@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from fastdiv.ops.covariance import all_reduce_sum, check_alike, check_bool, everyone, has_kernels
+from fastdiv.ops.covariance import all_reduce_sum, check_alike, check_bool, everyone, token_kernels
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -52,9 +52,9 @@ def top_k(
             to make ties independent of how the batch is cut.
         process_group: the scope is the union of the tokens of all its ranks (a few all-reduces of 2048
             counts); None: the tokens of this call.
-        backend: "triton" has kernels of its own (a launch a digit); the others are the same plain torch. None: "triton"
-            for CUDA tensors where it is present, unless torch.compile traces the call; else plain torch. The
-            choice of tokens is the same.
+        backend: "cuda" and "triton" have kernels of their own (a launch a digit); the others are the same plain
+            torch. None: theirs for CUDA tensors where one is present, unless torch.compile traces the call; else
+            plain torch. The choice of tokens is the same.
 
     Returns:
         bool [*], True for the selected tokens of this call.
@@ -68,10 +68,8 @@ def top_k(
     _check_index("top_k", index, scores)
     wanted = _check_k("top_k", k, ratio)
     first = _first_index(scores, process_group) if index is None else None
-    if has_kernels(scores.device, backend):
-        from fastdiv.backends.triton import selection
-
-        return selection.smallest(
+    if kernels := token_kernels(scores.device, backend):
+        return kernels.smallest(
             scores, mask, index, scores, k=wanted, largest=largest, offset=first, process_group=process_group
         )
     valid = everyone(scores) if mask is None else mask
@@ -120,10 +118,8 @@ def random_subset(
     wanted = _check_k("random_subset", k, ratio)
     first = _first_index(eligible, process_group) if index is None else None
     drawn = _draw(seed, step)
-    if has_kernels(eligible.device, backend):
-        from fastdiv.backends.triton import selection
-
-        return selection.smallest(
+    if kernels := token_kernels(eligible.device, backend):
+        return kernels.smallest(
             None, eligible, index, eligible, k=wanted, drawn=drawn, offset=first, process_group=process_group
         )
     index = _positions(eligible, first) if index is None else index

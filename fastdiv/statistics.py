@@ -73,6 +73,12 @@ class Tokens:
         return self.labels == self.ignore_index
 
     @property
+    def active(self) -> Tensor:
+        """[n] rows that take part: not masked, and with a label that counts if they have labels."""
+        every = torch.ones_like(self.inverse_temperature, dtype=torch.bool) if self.mask is None else self.mask
+        return every & (~self.ignored).any(1) if self.labels.shape[1] else every
+
+    @property
     def invalid(self) -> Tensor:
         """[n, K] labels that are neither ids nor ignored."""
         return ~self.ignored & ((self.labels < 0) | (self.labels >= self.vocabulary))
@@ -271,9 +277,10 @@ class Prepared:
     terms: list[tuple[Divergence, float]]
 
 
-def finish(request: Request, tokens: Tokens, sums: Sums) -> list[Tensor]:
-    """The outputs of a request, [n] or [n, K] each; 0 at ignored labels."""
+def finish(request: Request, tokens: Tokens, sums: Sums, skipped: bool = False) -> list[Tensor]:
+    """The outputs of a request, [n] or [n, K] each; 0 at ignored labels and, where rows were `skipped`, at those."""
     s, compared = Statistics(tokens, sums), iter(sums.compared.unbind(1))
+    absent = ~tokens.active if skipped else None
     result = []
     for name in request.outputs:
         if name in OUTPUTS:
@@ -283,6 +290,8 @@ def finish(request: Request, tokens: Tokens, sums: Sums) -> list[Tensor]:
             value = s.divergence(divergence, next(compared) if divergence.one_pass is None else None)[0]
         if per_label(name):
             value = value.masked_fill(tokens.ignored, 0)
+        if absent is not None:
+            value = value.masked_fill(absent[:, None] if per_label(name) else absent, 0)
         result.append(value.to(output_dtype(name, tokens.inverse_temperature.dtype)))
     return result
 

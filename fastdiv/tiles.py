@@ -35,6 +35,20 @@ class Rows:
             return self.index
         return torch.arange(math.prod(self.tensor.shape[:-1]), device=self.tensor.device)
 
+    def place(self) -> tuple[Tensor | None, int]:
+        """(None, elements from a row to the next) where that is one number, else (offsets, 0)."""
+        if self.index is not None:
+            return self.offsets(), 0
+        stride, below = None, 1
+        for size, step in zip(reversed(self.tensor.shape[:-1]), reversed(self.tensor.stride()[:-1]), strict=True):
+            if size == 1:
+                continue
+            if stride is not None and step != stride * below:
+                return self.offsets(), 0
+            stride = step if stride is None else stride
+            below *= size
+        return None, stride or 0
+
     def offsets(self) -> Tensor:
         """[rows] int64: the first element of each row, in elements from the tensor's first: no layout needs a copy."""
         if self.tensor.dim() == 2:

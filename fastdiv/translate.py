@@ -31,7 +31,9 @@ _HEADER = """\
 #include "language.h"
 
 // Every divergence, in the order of fastdiv/divergences.py: the place in this list is its number.
-#define FD_DIVERGENCES(X) {list}
+#define FD_DIVERGENCES(X) {every}
+// Those that need both normalisers before their terms can be summed.
+#define FD_COMPARED(X) {compared}
 
 namespace fd {{
 
@@ -98,8 +100,9 @@ def header() -> str:
     """The text of `csrc/pointwise.h`."""
     tree = ast.parse(inspect.getsource(pointwise))
     functions = [_function(node) for node in tree.body if isinstance(node, ast.FunctionDef)]
-    names = " ".join(f"X({name})" for name in DIVERGENCES)
-    return _HEADER.format(list=names, functions="\n\n".join(functions))
+    every = " ".join(f"X({name})" for name in DIVERGENCES)
+    compared = " ".join(f"X({name})" for name, divergence in DIVERGENCES.items() if divergence.one_pass is None)
+    return _HEADER.format(every=every, compared=compared, functions="\n\n".join(functions))
 
 
 if __name__ == "__main__":

@@ -10,9 +10,12 @@ import pytest
 import torch
 from hypothesis import HealthCheck, Phase, is_hypothesis_test, settings
 
-# Without a GPU the Triton kernels run in Triton's interpreter; it decides so as it meets the first kernel.
-if not torch.cuda.is_available() and importlib.util.find_spec("triton"):
-    os.environ.setdefault("TRITON_INTERPRET", "1")
+# Without a GPU the Triton kernels run in Triton's interpreter, which decides so as it meets the first kernel, and the
+# CUDA kernels in lock-step.
+if not torch.cuda.is_available():
+    if importlib.util.find_spec("triton"):
+        os.environ.setdefault("TRITON_INTERPRET", "1")
+    os.environ.setdefault("FASTDIV_LOCKSTEP", "1")
 
 import elsewhere
 
@@ -41,25 +44,26 @@ def backend(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
 
-def _of_triton(item: pytest.Item) -> bool:
+def _backend_of(item: pytest.Item) -> object:
     parameters = item.callspec.params if isinstance(item, pytest.Function) and hasattr(item, "callspec") else {}
-    return parameters.get("backend") == "triton"
+    return parameters.get("backend")
 
 
 def _slow(item: pytest.Item) -> bool:
     """Whether a test runs in Triton's interpreter, at some milliseconds a row and block."""
-    return _of_triton(item) and not torch.cuda.is_available()
+    return _backend_of(item) == "triton" and not torch.cuda.is_available()
 
 
 @pytest.fixture(autouse=True)
 def _on_the_gpu(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Tests make CPU tensors; where there is a GPU, the Triton backend gets them there."""
-    if not (_of_triton(request.node) and torch.cuda.is_available()):
+    """Tests make CPU tensors; where there is a GPU, its backends get them there."""
+    backend = _backend_of(request.node)
+    if not (backend in ("cuda", "triton") and torch.cuda.is_available()):
         yield
         return
     if reason := elsewhere.NOT_THERE.get(request.node.originalname):
         pytest.skip(reason)
-    with elsewhere.elsewhere("triton", torch.device("cuda"), request.module):
+    with elsewhere.elsewhere(str(backend), torch.device("cuda"), request.module):
         yield
 
 

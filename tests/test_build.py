@@ -1,9 +1,10 @@
-"""What FASTDIV_BUILD promises: the native module, a pure Python package, or a line that says what to do."""
+"""What FASTDIV_BUILD promises: the native module with or without CUDA, pure Python, or a line that says what to do."""
 
 from __future__ import annotations
 
 import importlib.util
 import os
+import platform
 import shutil
 import subprocess
 import sys
@@ -15,12 +16,72 @@ import torch
 
 ROOT = Path(__file__).parent.parent
 TORCH_LIBGOMP = Path(torch.__file__).resolve().parent / "lib/libgomp.so.1"
+NEEDS_NVCC = pytest.mark.skipif(
+    not shutil.which("nvcc", path=f"{os.environ['PATH']}:{os.environ.get('CUDA_HOME', '/usr/local/cuda')}/bin"),
+    reason="no nvcc on PATH or under CUDA_HOME",
+)
 SMALL_SOURCES = {
     "answer.h": "#define ANSWER 41",
     "answer.cpp": '#include "answer.h"\nint answer() { return ANSWER; }',
-    "binding.cpp": "#include <pybind11/pybind11.h>\nint answer();\n"
-    'PYBIND11_MODULE(_C, m) { m.def("answer", &answer); }',
+    # Thread 0 reads what 63 others wrote before the barrier.
+    "sum.cu": """#include "device.h"
+namespace {
+struct Sum { int* total; };
+FD_KERNEL void FD_BOUNDS(64, 1) sum_kernel(Sum args) {
+  int* own = reinterpret_cast<int*>(fd::shared_memory());
+  own[fd::thread()] = fd::thread();
+  fd::sync();
+  int total = 0;
+  for (int i = 0; i < fd::threads(); ++i) total += own[i];
+  if (fd::thread() == 0) *args.total = total;
 }
+}  // namespace
+int sum(int* total) { return fd::launch(&sum_kernel, {1, 1, 64, 256}, {}, Sum{total}); }""",
+    # Without pybind11, which takes seconds.
+    "binding.cpp": """#include <Python.h>
+#ifndef FD_MODULE
+#define FD_MODULE _C
+#endif
+#define PASTE(a, b) a##b
+#define INIT(name) PASTE(PyInit_, name)
+int answer();
+int sum(int* total);
+static PyObject* answer_of(PyObject*, PyObject*) { return PyLong_FromLong(answer()); }
+#ifdef FD_CUDA
+static PyObject* sum_of(PyObject*, PyObject*) {
+  int total = -1;
+  return PyLong_FromLong(sum(&total) ? -1 : total);
+}
+#endif
+static PyMethodDef methods[] = {{"answer", answer_of, METH_NOARGS, nullptr},
+#ifdef FD_CUDA
+                                {"sum", sum_of, METH_NOARGS, nullptr},
+#endif
+                                {nullptr, nullptr, 0, nullptr}};
+static PyModuleDef definition = {PyModuleDef_HEAD_INIT, "small", nullptr, -1,     methods,
+                                 nullptr,               nullptr, nullptr, nullptr};
+PyMODINIT_FUNC INIT(FD_MODULE)() {
+  PyObject* m = PyModule_Create(&definition);
+#ifdef FD_CUDA
+  PyModule_AddStringConstant(m, "architectures", FD_CUDA_ARCHITECTURES);
+#endif
+  return m;
+}""",
+}
+SPILLS = """#include "device.h"
+namespace fd {
+struct Long { float* data; };
+template <int N>
+FD_KERNEL void FD_BOUNDS(1024, 2) greedy(Long args) {
+  float own[N];
+#pragma unroll
+  for (int i = 0; i < N; ++i) own[i] = args.data[thread() * N + i];
+  sync();
+#pragma unroll
+  for (int i = 0; i < N; ++i) args.data[thread() * N + i] = own[i] * own[(i * 7 + 3) % N];
+}
+int run(Long args) { return launch(&greedy<64>, {1, 1, 1024, 0}, {}, args); }
+}  // namespace fd"""
 
 
 @pytest.fixture
@@ -35,25 +96,57 @@ def tree(tmp_path: Path) -> Path:
     return copy
 
 
+@pytest.fixture
+def small(tree: Path) -> Path:
+    """A tree whose sources compile in seconds."""
+    for path in (tree / "csrc").rglob("*"):
+        if path.suffix in (".cpp", ".cu") and path.name != "lockstep.cpp":
+            path.unlink()
+    for name, text in SMALL_SOURCES.items():
+        (tree / "csrc" / ("cuda" if name.endswith(".cu") else "") / name).write_text(text + "\n")
+    return tree
+
+
 def run(*command: str, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
-    clean = {name: value for name, value in os.environ.items() if name not in ("CXX", "FASTDIV_BUILD")}
+    ours = ("CXX", "NVCC", "FASTDIV_BUILD", "FASTDIV_CUDA_ARCHS", "FASTDIV_LOCKSTEP")
+    clean = {name: value for name, value in os.environ.items() if name not in ours}
     words = [sys.executable, *command]
     return subprocess.run(words, cwd=cwd, env=clean | environment, capture_output=True, text=True, timeout=300)
 
 
 def build_ext(tree: Path, **environment: str) -> subprocess.CompletedProcess[str]:
-    command = ("setup.py", "--quiet", "build_ext", "--inplace", "--build-temp", "objects, $quoted")
-    return run(*command, cwd=tree, **environment)
+    # nvcc, itself, cannot have a $ in its arguments.
+    objects = "objects, quoted" if environment.get("FASTDIV_BUILD") == "cuda" else "objects, $quoted"
+    return run("setup.py", "--quiet", "build_ext", "--inplace", "--build-temp", objects, cwd=tree, **environment)
+
+
+def printed(tree: Path, module: str, expression: str) -> str:
+    """What `expression` gives of the module built there, which is loaded without torch."""
+    program = f"import sys; sys.path.append('fastdiv'); import {module} as m; print({expression})"
+    result = run("-c", program, cwd=tree)
+    assert result.returncode == 0, result.stderr
+    return result.stdout.strip()
 
 
 @pytest.mark.parametrize(
     ("environment", "message"),
     [
         ({"FASTDIV_BUILD": "cpu", "CXX": "/missing"}, "no C++ compiler (CXX='/missing'): install g++"),
-        ({"FASTDIV_BUILD": "cuda"}, "this release has no CUDA sources"),
+        ({"FASTDIV_BUILD": "cuda", "CXX": "/missing"}, "FASTDIV_BUILD=cuda, but no C++ compiler"),
+        (
+            {"FASTDIV_BUILD": "cuda", "NVCC": "/missing"},
+            "FASTDIV_BUILD=cuda, but no nvcc (NVCC='/missing'): let NVCC name",
+        ),
+        ({"FASTDIV_BUILD": "cuda", "NVCC": "false"}, "but false does not run (status 1): let NVCC name another"),
+        ({"FASTDIV_BUILD": "cuda", "NVCC": "echo sm_80"}, "echo knows no sm_90: install CUDA 11.8 or newer"),
+        pytest.param(
+            {"FASTDIV_BUILD": "auto", "FASTDIV_CUDA_ARCHS": "80, 90a;sm_100"},
+            "with a (90a) for features of that one GPU; got 'sm_100'",
+            marks=NEEDS_NVCC,
+        ),
         ({"FASTDIV_BUILD": "fast"}, "FASTDIV_BUILD must be auto, cpu, none or cuda, got 'fast'"),
     ],
-    ids=["cpu without compiler", "cuda", "unknown"],
+    ids=["cpu without g++", "cuda without g++", "no nvcc", "broken nvcc", "old nvcc", "architecture", "unknown"],
 )
 def test_refused_in_one_line(tree: Path, environment: dict[str, str], message: str) -> None:
     result = build_ext(tree, **environment)
@@ -93,31 +186,101 @@ def test_pure_python_wheel_works_and_says_what_is_missing(tree: Path, tmp_path: 
     assert "not built" in native
 
 
-def test_build_is_incremental_follows_headers_and_fails_aloud(tree: Path) -> None:
-    shutil.rmtree(tree / "csrc")
-    (tree / "csrc").mkdir()
-    for name, text in SMALL_SOURCES.items():
-        (tree / "csrc" / name).write_text(text + "\n")
-
-    def answer() -> str:
-        program = "import sys; sys.path.append('fastdiv'); import _C; print(_C.answer())"
-        return run("-c", program, cwd=tree).stdout.strip()
-
-    first = build_ext(tree, FASTDIV_BUILD="cpu")
+def test_build_is_incremental_follows_headers_and_fails_aloud(small: Path) -> None:
+    first = build_ext(small, FASTDIV_BUILD="cpu")
     assert first.returncode == 0, first.stderr
-    assert "compile csrc/binding.cpp" in first.stdout and answer() == "41"
+    assert "compile csrc/binding.cpp" in first.stdout and printed(small, "_C", "m.answer()") == "41"
 
-    assert "no work to do" in build_ext(tree).stdout
+    # Without nvcc `auto` is the same build, and says so; and it replaces what another build has put there since.
+    (module,) = (small / "fastdiv").glob("_C*.so")
+    module.write_text("another build's")
+    again = build_ext(small, NVCC="/missing")
+    assert "no work to do" in again.stdout
+    assert "building the native module without CUDA kernels: no nvcc (NVCC='/missing')" in again.stdout
+    assert printed(small, "_C", "m.answer()") == "41"
 
-    (tree / "csrc/answer.h").write_text("#define ANSWER 42\n")
-    second = build_ext(tree)
-    assert "compile csrc/answer.cpp" in second.stdout and answer() == "42"
+    (small / "csrc/answer.h").write_text("#define ANSWER 42\n")
+    second = build_ext(small, FASTDIV_BUILD="cpu")
+    assert "compile csrc/answer.cpp" in second.stdout and printed(small, "_C", "m.answer()") == "42"
     assert "compile csrc/binding.cpp" not in second.stdout
 
     # Also under `auto`, and although a module from before lies there: nothing falls back silently.
-    (tree / "csrc/answer.h").write_text('#error "no answer"\n')
-    third = build_ext(tree)
+    (small / "csrc/answer.h").write_text('#error "no answer"\n')
+    third = build_ext(small, NVCC="/missing")
     assert third.returncode != 0 and "no answer" in third.stdout
+
+
+@NEEDS_NVCC
+def test_cuda_build_loads_without_a_gpu_or_a_cuda_library(small: Path) -> None:
+    built = build_ext(small, FASTDIV_BUILD="cuda", FASTDIV_CUDA_ARCHS="80;90a")
+    assert built.returncode == 0, built.stdout + built.stderr
+    assert "with CUDA kernels for sm_80, sm_90a, ptx_80\n" in built.stdout
+    assert "ptxas info" not in built.stdout
+    assert printed(small, "_C", "m.answer(), m.architectures") == "41 sm_80 sm_90a ptx_80"
+    (module,) = (small / "fastdiv").glob("_C*.so")
+    assert "libcu" not in subprocess.check_output(["ldd", module], text=True)
+    assert " cuda" not in subprocess.check_output(["nm", "--dynamic", module], text=True)  # of the one linked in
+
+    logs = list(small.glob("objects*/**/*.log"))
+    reported = run("csrc/cuda/resources.py", "--logs", *map(str, logs), cwd=small)
+    assert reported.returncode == 0, reported.stdout + reported.stderr
+    assert "cuda: sm_80: 1 kernels" in reported.stdout and "cuda: sm_90a: 1 kernels" in reported.stdout
+
+    # Another header, another module: each in the same tree as before.
+    (small / "csrc/cuda/device.h").write_text("#error device\n")
+    broken = build_ext(small, FASTDIV_BUILD="cuda", FASTDIV_CUDA_ARCHS="80;90a")
+    assert broken.returncode != 0 and "#error device" in broken.stdout
+    assert build_ext(small, FASTDIV_BUILD="cpu").returncode == 0
+    assert printed(small, "_C", "hasattr(m, 'architectures')") == "False"
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="lock-step is for x86_64")
+def test_lockstep_runs_kernels_on_a_cpu_and_stays_out_of_wheels(small: Path) -> None:
+    built = build_ext(small, FASTDIV_BUILD="cpu", FASTDIV_LOCKSTEP="1")
+    assert built.returncode == 0, built.stdout + built.stderr
+    assert printed(small, "_lockstep", "m.sum(), m.architectures") == f"{sum(range(64))} lockstep"
+    assert printed(small, "_C", "hasattr(m, 'sum')") == "False"
+    assert list(small.glob("build/**/_lockstep*"))
+
+    assert "no work to do" in build_ext(small, FASTDIV_BUILD="cpu", FASTDIV_LOCKSTEP="1").stdout
+    assert build_ext(small, FASTDIV_BUILD="cpu").returncode == 0
+    assert not list(small.glob("build/**/_lockstep*"))
+
+
+def test_lockstep_elsewhere_is_refused_in_one_line(small: Path) -> None:
+    program = (
+        "import platform, runpy, sys; platform.machine = lambda: 'aarch64'; sys.argv = ['setup.py', '--version']\n"
+    )
+    program += "runpy.run_path('setup.py')"
+    result = run("-c", program, cwd=small, FASTDIV_BUILD="cpu", FASTDIV_LOCKSTEP="1")
+    assert result.returncode != 0
+    (line,) = result.stderr.splitlines()
+    assert line == "fastdiv: FASTDIV_LOCKSTEP is for x86_64, this is aarch64: build without it"
+
+
+@NEEDS_NVCC
+def test_resources_are_counted_and_a_spill_fails(small: Path) -> None:
+    plain = run("csrc/cuda/resources.py", "sm_80", cwd=small)
+    assert plain.returncode == 0, plain.stdout + plain.stderr
+    head, _, row = plain.stdout.splitlines()
+    assert head.startswith("cuda: sm_80: 1 kernels, at most ") and row.split()[1:] == ["0", "0", "0", "0", "sum_kernel"]
+
+    (small / "csrc/cuda/spills.cu").write_text(SPILLS + "\n")
+    spilt = run("csrc/cuda/resources.py", "--brief", "sm_80", cwd=small)
+    assert spilt.returncode == 1, spilt.stdout + spilt.stderr
+    head, _, row = spilt.stdout.splitlines()
+    assert head.startswith("cuda: sm_80: 2 kernels, at most 32 registers") and int(row.split()[1]) > 0
+    assert row.endswith("greedy<64>  <- not in registers alone")
+
+    (small / "csrc/cuda/spills.cu").write_text("#error spills\n")
+    broken = run("csrc/cuda/resources.py", "--brief", "sm_80", cwd=small)
+    assert broken.returncode == 1 and "#error spills" in broken.stdout
+
+
+def test_resources_say_that_there_is_no_nvcc(small: Path) -> None:
+    result = run("csrc/cuda/resources.py", cwd=small, NVCC="/missing")
+    assert result.returncode == 0
+    assert result.stdout == "cuda: kernels not compiled: no nvcc (NVCC='/missing'): let NVCC name one\n"
 
 
 @pytest.mark.skipif(importlib.util.find_spec("fastdiv._C") is None, reason="the native module is not built")

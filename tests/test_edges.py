@@ -383,5 +383,5 @@ def test_the_environment_chooses_the_backend_and_the_log_says_so() -> None:
         else:
             assert (
                 run.returncode == 1
-                and "backend: expected one of native, triton, reference, got 'nonsense'" in run.stderr
+                and "backend: expected one of native, cuda, triton, reference, got 'nonsense'" in run.stderr
             )

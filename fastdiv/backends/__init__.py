@@ -1,5 +1,5 @@
-"""Which backend sums and differentiates rows: `native` (C++ on a CPU), `triton` (GPUs) or `reference` (plain torch,
-every dtype and device).
+"""Which backend sums and differentiates rows: `native` (C++ on a CPU), `cuda` (NVIDIA GPUs), `triton` (GPUs) or
+`reference` (plain torch, every dtype and device).
 
 A backend is five operations on rows; it knows nothing of callers:
 
@@ -15,6 +15,8 @@ from __future__ import annotations
 import abc
 import logging
 import os
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,6 +27,15 @@ from fastdiv.statistics import Prepared, Sums, Tokens
 from fastdiv.tiles import Projection, Rows, Terms, Tile
 
 _LOG = logging.getLogger("fastdiv")
+
+
+class TokenKernels(NamedTuple):
+    """Kernels over tokens, in place of the plain torch of `fastdiv.ops.covariance` and `fastdiv.select`."""
+
+    covariance: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor, Tensor]]
+    """(x, y, mask, dtype, process_group) -> the fields of `MaskedCovariance`."""
+    smallest: Callable[..., Tensor]
+    """(scores, mask, index, like, *, k, largest, drawn, offset, process_group) -> the k smallest by (key, index)."""
 
 
 class Backend(abc.ABC):
@@ -55,13 +66,22 @@ class Backend(abc.ABC):
     def compare(self, tile: Tile, terms: Terms, sums: Sums, rank: bool) -> None:
         """Adds to `sums.compared` [n, terms, 3], and with `rank` to `sums.rank` [n, K] the logits above a label's."""
 
+    def look(self, tile: Tile, wanted: int, terms: Terms, sums: Sums, rank: bool) -> None:
+        """`accumulate` and `compare` of whole rows."""
+        self.accumulate(tile, wanted, sums.state, sums.label_logits)
+        self.compare(tile, terms, sums, rank)
+
     def finish(self, request: Request, tokens: Tokens, sums: Sums) -> list[Tensor]:
         """The outputs of a request, [n] or [n, K] each."""
-        return statistics.finish(request, tokens, sums)
+        return statistics.finish(request, tokens, sums, self.skips_rows)
 
     def prepare(self, request: Request, tokens: Tokens, sums: Sums, upstream: dict[str, Tensor]) -> Prepared:
         """What `gradient` needs to know of the upstream gradients, [n] or [n, K] each."""
         return statistics.prepare(request, tokens, sums, upstream)
+
+    def token_kernels(self) -> TokenKernels | None:
+        """Those of masked covariance and selection; None: plain torch does it."""
+        return None
 
     @abc.abstractmethod
     def gradient(
@@ -70,7 +90,7 @@ class Backend(abc.ABC):
         """Writes the gradient of each logit to where `student` and `teacher` say; None: nobody wants it."""
 
 
-NAMES = ("native", "triton", "reference")
+NAMES = ("native", "cuda", "triton", "reference")
 """Every backend, the preferred one first."""
 
 
@@ -95,6 +115,13 @@ def _import(name: str) -> Backend | str:
 
         try:
             return Triton()
+        except ImportError as error:
+            return str(error)
+    if name == "cuda":
+        try:
+            from fastdiv.backends.cuda import Cuda
+
+            return Cuda()
         except ImportError as error:
             return str(error)
     try:

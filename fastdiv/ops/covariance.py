@@ -54,8 +54,8 @@ def masked_covariance(
         mask: [*], bool, True where a token counts; None: all count.
         process_group: the scope is the union of the tokens of all its ranks (two all-reduces of at most 3
             numbers); None: the tokens of this call.
-        backend: "triton" has kernels of its own (two launches); the others are the same plain torch. None: "triton"
-            for CUDA tensors where it is present, unless torch.compile traces the call; else plain torch.
+        backend: "cuda" and "triton" have kernels of their own (two launches); the others are the same plain torch.
+            None: theirs for CUDA tensors where one is present, unless torch.compile traces the call; else plain torch.
 
     Returns:
         MaskedCovariance, float32 (float64 if x or y is); all zeros when no token is valid.
@@ -71,9 +71,7 @@ def masked_covariance(
     """
     check_alike("masked_covariance", mask, {"x": x, "y": y}, precise=False)
     dtype = torch.float64 if torch.float64 in (x.dtype, y.dtype) else torch.float32
-    if has_kernels(x.device, backend):
-        from fastdiv.backends.triton import covariance as kernels
-
+    if kernels := token_kernels(x.device, backend):
         return MaskedCovariance(*kernels.covariance(x, y, mask, dtype, process_group))
     valid = everyone(x) if mask is None else mask
     x, y = torch.where(valid, x, 0).double(), torch.where(valid, y, 0).double()
@@ -90,15 +88,15 @@ def masked_covariance(
     )
 
 
-def has_kernels(device: torch.device, backend: str | None) -> bool:
-    """Whether Triton's kernels serve tokens on `device`; plain torch is what every other backend means by them.
+def token_kernels(device: torch.device, backend: str | None) -> backends.TokenKernels | None:
+    """The kernels that serve tokens on `device`; None: plain torch, which is what backends without any mean by them.
 
     Raises ValueError, RuntimeError: as `fastdiv.backends.select`.
     """
     asked = backend or os.environ.get("FASTDIV_BACKEND")
     if not asked and (device.type == "cpu" or torch.compiler.is_compiling()):
-        return False
-    return backends.select([torch.float32], device, asked) == "triton"
+        return None
+    return backends.get(backends.select([torch.float32], device, asked)).token_kernels()
 
 
 def everyone(like: Tensor) -> Tensor:

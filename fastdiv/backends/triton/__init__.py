@@ -12,7 +12,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from fastdiv.backends import Backend
+from fastdiv.backends import Backend, TokenKernels
 from fastdiv.request import Request
 from fastdiv.statistics import Prepared, Sums, Tokens
 from fastdiv.tiles import Projection, Rows, Terms, Tile
@@ -73,6 +73,11 @@ class Triton(Backend):
     def prepare(self, request: Request, tokens: Tokens, sums: Sums, upstream: dict[str, Tensor]) -> Prepared:
         prepared: Prepared = _launch().prepare(request, tokens, sums, upstream)
         return prepared
+
+    def token_kernels(self) -> TokenKernels:
+        from fastdiv.backends.triton import covariance, selection
+
+        return TokenKernels(covariance.covariance, selection.smallest)
 
     def gradient(
         self, tile: Tile, prepared: Prepared, state: Tensor, student: Rows | None, teacher: Rows | None

@@ -18,11 +18,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastdiv.backends.tokens import READ, about, as_bytes, of_all_ranks, plain
 from fastdiv.backends.triton import launch
 from fastdiv.backends.triton.blocks import Shape
 from fastdiv.backends.triton.language import INTERPRETED, function
-from fastdiv.backends.triton.tokens import READ, as_bytes, plain, spread, taking_part
-from fastdiv.ops.covariance import all_reduce_sum
+from fastdiv.backends.triton.tokens import spread, taking_part
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -33,13 +33,6 @@ MOMENTS = Shape(16, 4, 4) if INTERPRETED else Shape(2048, 512, 8)
 
 VARYING = ("rows", "parts", "loops")
 """Numbers that no kernel is compiled for: another batch is not to compile again."""
-
-
-def about(n, shift_x, shift_y, rest_x, rest_y, products, mean_x, mean_y):
-    """sum (x - mean_x)(y - mean_y) from the sums of x - shift_x, of y - shift_y and of their products."""
-    a, b = shift_x - mean_x, shift_y - mean_y
-    return products + rest_x * b + rest_y * a + n * a * b
-
 
 _about = function(about)
 
@@ -128,11 +121,7 @@ def covariance(
     sums = torch.empty(8, MOMENTS.block, dtype=torch.float64, device=x.device)
     launch.run(moments, parts * MOMENTS.rows, MOMENTS, x, y, mask, sums, count, loops)
     if process_group is not None:
-        own = sums[:, :parts]
-        n, *totals = all_reduce_sum(own[:3].sum(1), process_group).unbind()
-        means = [total / n.clamp(min=1) for total in totals]
-        products = all_reduce_sum(about(own[0], *own[3:], *means).sum(), process_group)
-        sums[:, 0] = torch.stack([n, *totals, *means, products * 0, products * 0, products])
+        sums[:, 0] = of_all_ranks(sums[:, :parts], process_group)
         parts = 1
     per_token = torch.empty(shape, dtype=dtype, device=x.device)
     scalars = torch.empty(3, dtype=dtype, device=x.device)

@@ -30,25 +30,7 @@ def place(it: Rows | None) -> Arguments:
     """(tensor, row offsets or None, row stride) as the kernels take a tensor's rows."""
     if it is None:
         return None, None, 0
-    stride = row_stride(it.tensor)
-    if it.index is None and stride is not None:
-        return it.tensor, None, stride
-    return it.tensor, it.offsets(), 0
-
-
-def row_stride(tensor: Tensor) -> int | None:
-    """Elements from a row of [*, columns] to the next, where that is one number."""
-    result = None
-    for size, stride in zip(reversed(tensor.shape[:-1]), reversed(tensor.stride()[:-1]), strict=True):
-        if size == 1:
-            continue
-        if result is None:
-            result, rows_below = stride, size
-        elif stride != result * rows_below:
-            return None
-        else:
-            rows_below *= size
-    return result or 0
+    return it.tensor, *it.place()
 
 
 def kind(it: Rows | None) -> int:

@@ -11,7 +11,7 @@ Bytes: keys and mask are read once a digit, and nothing any more once the digits
 from __future__ import annotations
 
 import struct
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -20,18 +20,19 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastdiv.backends.tokens import DIGIT_BITS, READ, as_bytes, digits, plain
 from fastdiv.backends.triton import launch
 from fastdiv.backends.triton.blocks import Shape
 from fastdiv.backends.triton.language import INTERPRETED, function
-from fastdiv.backends.triton.tokens import READ, as_bytes, plain, spread, taking_part
+from fastdiv.backends.triton.tokens import spread, taking_part
 from fastdiv.ops.covariance import all_reduce_sum
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 # Tokens a block, then bins.  Interpreted, small batches have many blocks.
-DIGITS = Shape(64, 2048, 4) if INTERPRETED else Shape(1024, 2048, 8)
-"""11-bit digits, as in `fastdiv.select`.  A warp counts 64 bins a thread; with 8 tokens a thread it would spill."""
+DIGITS = Shape(64, 1 << DIGIT_BITS, 4) if INTERPRETED else Shape(1024, 1 << DIGIT_BITS, 8)
+"""A warp counts 64 bins a thread; with 8 tokens a thread it would spill."""
 COUNTERS = 2 if INTERPRETED else 128
 """Programs that count, all at once on a large GPU: each reads 16 KiB of counts first and adds up to 2048 at the end."""
 
@@ -250,28 +251,22 @@ def smallest(
 ) -> Tensor:
     """Bool, shaped `like`: the k smallest by (key, index), where the key is the score, or a random number from `drawn`.
 
-    A float k is a ratio.  Launches: one for zeros, one a digit (3 of a score, 6 of float64 or a random number; then
-    for ties 6 of an index that is given, else what the number of tokens needs), one to mark.
+    A float k is a ratio.  Launches: one for zeros, one for each of the `digits`, one to mark.
     """
     count, device = like.numel(), like.device
-    key_bits = 64
+    turns = digits(count, scores, index, offset)
     if scores is not None:
         scores = plain(scores)
-        key_bits = 64 if scores.dtype == torch.float64 else 32
         scores = scores.view(_KEYS.get(scores.dtype, scores.dtype))
     mask, index = as_bytes(mask), None if index is None else index.contiguous()
-    digits = [(0, shift) for shift in _shifts(key_bits)]
-    if scores is not None:
-        known = index is None and offset is None
-        digits += [(1, shift) for shift in _shifts(max(count - 1, 0).bit_length() if known else 64)]
 
-    memory = torch.zeros(len(digits) * (DIGITS.block + 4), dtype=torch.int64, device=device)
-    counts = memory[: len(digits) * DIGITS.block].view(-1, DIGITS.block).unbind()
-    state = memory[len(digits) * DIGITS.block :].view(-1, 4).unbind()
+    memory = torch.zeros(len(turns) * (DIGITS.block + 4), dtype=torch.int64, device=device)
+    counts = memory[: len(turns) * DIGITS.block].view(-1, DIGITS.block).unbind()
+    state = memory[len(turns) * DIGITS.block :].view(-1, 4).unbind()
     wanted, kind = _wanted(k, device)
     tokens = (scores, mask, index, offset, drawn)
     programs, loops = spread(count, DIGITS, COUNTERS)
-    for turn, (on_index, shift) in enumerate(digits):
+    for turn, (on_index, shift) in enumerate(turns):
         before = turn - 1
         launch.run(
             count_digits,
@@ -286,8 +281,8 @@ def smallest(
             count,
             loops,
             shift,
-            digits[before][1],
-            digits[before][0],
+            turns[before][1],
+            turns[before][0],
             int(turn == 1),
             LARGEST=largest,
             ON_INDEX=bool(on_index),
@@ -305,16 +300,12 @@ def smallest(
         wanted,
         chosen.view(torch.uint8),
         count,
-        digits[-1][1],
-        digits[-1][0],
+        turns[-1][1],
+        turns[-1][0],
         LARGEST=largest,
         WANTED=kind,
     )
     return chosen
-
-
-def _shifts(bits: int) -> Sequence[int]:
-    return range(0, bits, DIGITS.block.bit_length() - 1)[::-1]
 
 
 def _wanted(k: int | float | Tensor, device: torch.device) -> tuple[int | Tensor, int]:

@@ -5,10 +5,8 @@
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
 from fastdiv.backends.triton.blocks import Shape
 from fastdiv.backends.triton.language import function
@@ -27,14 +25,3 @@ def spread(count: int, shape: Shape, most: int) -> tuple[int, int]:
     blocks = max(triton.cdiv(count, shape.rows), 1)
     loops = triton.cdiv(blocks, most)
     return triton.cdiv(blocks, loops), loops
-
-
-READ = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
-
-
-def plain(values: Tensor) -> Tensor:
-    return (values if values.dtype in READ else values.float()).detach().contiguous()
-
-
-def as_bytes(mask: Tensor | None) -> Tensor | None:
-    return None if mask is None else mask.contiguous().view(torch.uint8)

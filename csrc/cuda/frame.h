@@ -1,0 +1,42 @@
+// Log-probabilities of one model and of two, once their normalisers are known.
+#pragma once
+#include "../row_state.h"
+#include "elements.h"
+
+namespace fd {
+
+// What is subtracted from logits once the normalisers are known; made once a row, in double.
+struct Frame {
+  float x_max, x_norm, y_max, y_norm;  // lp = (t - x_max) it - x_norm
+  float x_shift, y_shift, rest;        // d = ((t - x_shift) - (u - y_shift)) it - rest
+};
+
+FD_DEVICE Frame frame_of(const RowState& s, double it) {
+  const double x_norm = s.student.max == -INFINITY ? NAN : log_sum(s.student);
+  const double y_norm = s.teacher.max == -INFINITY ? NAN : log_sum(s.teacher);
+  const double apart = (static_cast<double>(offset(s.student)) - offset(s.teacher)) * it;
+  const bool far = !(apart >= -8.0 && apart <= 8.0);  // then t - u has fewer digits than t - max and u - max
+  return {offset(s.student),
+          static_cast<float>(x_norm),
+          offset(s.teacher),
+          static_cast<float>(y_norm),
+          far ? offset(s.student) : 0.0f,
+          far ? offset(s.teacher) : 0.0f,
+          static_cast<float>((far ? 0.0 : apart) + (x_norm - y_norm))};
+}
+
+// p, q and d = log p - log q of a pack.
+template <int N>
+struct Pair {
+  float d[N], p[N], q[N];
+  FD_DEVICE Pair(const float (&t)[N], const float (&u)[N], const Frame& f, float it) {
+#pragma unroll
+    for (int i = 0; i < N; ++i) {
+      p[i] = exp((t[i] - f.x_max) * it - f.x_norm);
+      q[i] = exp((u[i] - f.y_max) * it - f.y_norm);
+      d[i] = ((t[i] - f.x_shift) - (u[i] - f.y_shift)) * it - f.rest;
+    }
+  }
+};
+
+}  // namespace fd

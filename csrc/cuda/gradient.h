@@ -1,0 +1,214 @@
+// Row gradients: each logit of the models that matter is read once, each gradient written once.
+#pragma once
+#include "../pointwise.h"
+#include "frame.h"
+#include "launch_rows.h"
+#include "reduce.h"
+
+namespace fd {
+
+// The divergences of a launch: none; one, to the student; or a list that is walked for each logit, to both
+// models.
+struct NoTerm {
+  static constexpr bool kPair = false, kToTeacher = false;
+};
+#define FD_ONE_TERM(name)                                                                             \
+  struct name##_gradient {                                                                            \
+    static constexpr bool kPair = true, kToTeacher = false;                                           \
+    FD_DEVICE static void add(const RowGradient& args, const float* gains, float d, float p, float q, \
+                              float& dx, float&) {                                                    \
+      dx += gains[0] * name##_dlp(d, p, q, args.parameters[0]);                                       \
+    }                                                                                                 \
+  };
+FD_DIVERGENCES(FD_ONE_TERM)
+#undef FD_ONE_TERM
+struct ListedTerms {
+  static constexpr bool kPair = true, kToTeacher = true;
+  FD_DEVICE static void add(const RowGradient& args, const float* gains, float d, float p, float q, float& dx,
+                            float& dy) {
+    for (int i = 0; i < args.terms; ++i) {
+      const float a = args.parameters[i];
+      switch (args.divergences[i]) {
+#define FD_CASE(name)                        \
+  case k_##name:                             \
+    dx += gains[i] * name##_dlp(d, p, q, a); \
+    dy += gains[i] * name##_dlq(d, p, q, a); \
+    break;
+        FD_DIVERGENCES(FD_CASE)
+#undef FD_CASE
+      }
+    }
+  }
+};
+
+// The other direction of Row: packs of gradients, from the same column on.
+struct Sink {
+  char* first = nullptr;
+  int32_t dtype = kFloat32;
+  FD_DEVICE Sink(const Target& target, int64_t row)
+      : first(static_cast<char*>(target.data) + first_of(target, row) * (target.dtype == kFloat32 ? 4 : 2)),
+        dtype(target.dtype) {}
+
+  // A pack, or the part of it that lies in the row.
+  template <bool kWhole, typename T>
+  FD_DEVICE void store(const Row<T>& row, int column, const float (&g)[kPack<T>]) const {
+    if constexpr (!same_type<T, Any>) {
+      char* const to = first + static_cast<int64_t>(column) * static_cast<int64_t>(sizeof(T));
+      if ((sizeof(T) == 2 || dtype == kFloat32) && (kWhole || row.holds(column)) && misalignment(to) == 0) {
+        *reinterpret_cast<uint4*>(to) = packed(g, T{});
+        return;
+      }
+    }
+    if (dtype == kFloat32)
+      each(row, column, g, float{});
+    else if (dtype == kFloat16)
+      each(row, column, g, Float16{});
+    else
+      each(row, column, g, BFloat16{});
+  }
+
+  template <int N, typename O>
+  FD_DEVICE void each(const Columns& row, int column, const float (&g)[N], O kind) const {
+#pragma unroll
+    for (int i = 0; i < N; ++i)
+      if (column + i >= 0 && column + i < row.columns) put(column + i, g[i], kind);
+  }
+  FD_DEVICE void put(int column, float g) const {
+    if (dtype == kFloat32)
+      put(column, g, float{});
+    else if (dtype == kFloat16)
+      put(column, g, Float16{});
+    else
+      put(column, g, BFloat16{});
+  }
+  FD_DEVICE void put(int column, float g, float) const { reinterpret_cast<float*>(first)[column] = g; }
+  template <typename O>
+  FD_DEVICE void put(int column, float g, O kind) const {
+    reinterpret_cast<uint16_t*>(first)[column] = static_cast<uint16_t>(narrow_pair(g, 0.0f, kind));
+  }
+};
+
+// Gradients with respect to z taken back through temperature and transform; 0 at -inf.
+template <int N>
+FD_DEVICE void taken_back(const Columns& row, float it, const float (&t)[N], float (&g)[N]) {
+#pragma unroll
+  for (int i = 0; i < N; ++i) {
+    float slope = it * row.scale;
+    if (row.softcap != 0.0f) {
+      const float capped = t[i] / row.softcap;
+      slope *= 1.0f - capped * capped;
+    }
+    g[i] = t[i] == -INFINITY ? 0.0f : g[i] * slope;
+  }
+}
+
+template <typename T, typename Terms>
+FD_KERNEL void FD_BOUNDS(kMostThreads, Terms::kPair ? 2 : 4) gradient_kernel(const RowGradient args) {
+  constexpr int kWide = kPack<T>, kFlight = Terms::kPair ? 1 : 2;  // loads of a thread at a time
+  constexpr bool kPair = Terms::kPair;
+  const Tile& tile = args.tile;
+  const int64_t row = block();
+  const bool wanted = args.student.data, wanted_too = Terms::kToTeacher && args.teacher.data;
+  const int columns = static_cast<int>(tile.columns);
+  const Sink dx(wanted ? args.student : args.teacher, row), dy(wanted_too ? args.teacher : args.student, row);
+
+  // Packs begin where those of the student's gradient are aligned; its logits usually are there too.
+  constexpr int kWidth = 16 / kWide;
+  // A 16-bit gradient may lie in the first half of its row of float32 logits: then all have read before one
+  // writes.
+  const bool narrower = dx.dtype != kFloat32 || (wanted_too && dy.dtype != kFloat32);
+  const bool together = kWidth == 4 && narrower;
+  const int origin = together ? 0 : -misalignment(dx.first) / kWidth;
+  const Row<T> x(tile.student, row, 0, columns, origin);
+  const Row<T> y = kPair ? Row<T>(tile.teacher, row, 0, columns, origin) : Row<T>();
+  const int step = threads() * kWide;
+
+  if (!takes_part(tile, row)) {
+    const float nothing[kWide] = {};
+    for (int c = origin + thread() * kWide; c < columns; c += step) {
+      if (wanted) dx.template store<false>(x, c, nothing);
+      if (wanted_too) dy.template store<false>(x, c, nothing);
+    }
+    return;
+  }
+  const float it = tile.inverse_temperature[row];
+  if (thread() == 0) desk().frame = frame_of(args.state[row], it);
+  const float* c = args.coefficients + row * (6 + args.terms);
+  const float c0 = c[0], c1 = c[1], c2 = c[2], c3 = c[3], c4 = c[4], e0 = c[5];
+  const bool polynomial = c1 != 0.0f || c2 != 0.0f || c3 != 0.0f || c4 != 0.0f;
+  const int64_t* labels = args.gain_labels + row * args.gains_per_row;
+  const float* gains = args.label_gains + row * args.gains_per_row;
+  float label_total = 0.0f;
+  for (int64_t k = 0; k < args.gains_per_row; ++k) label_total += gains[k];
+  sync();
+  const Frame frame = desk().frame;
+
+  // Gradients with respect to z at logits t and u, where the labels' gains add up to `gain` elsewhere.
+  const auto slopes = [&](float t, float u, float gain, float& g, float& h) {
+    const float lp = (t - frame.x_max) * it - frame.x_norm, p = exp(lp);
+    g = (c0 - gain) * p;
+    if (polynomial) {
+      const float bounded = floored(lp);
+      g += p * (bounded * (c1 + bounded * c2) + c3 * p) + c4;
+    }
+    if constexpr (kPair) {
+      const float q = exp((u - frame.y_max) * it - frame.y_norm);
+      const float d = ((t - frame.x_shift) - (u - frame.y_shift)) * it - frame.rest;
+      h = e0 * q;
+      Terms::add(args, c + 6, d, p, q, g, h);
+    }
+    return lp;
+  };
+
+  // At a label 1 - p = -expm1(log p) keeps its digits.  Those gradients are formed before the first is
+  // written, as that may be over the logits, and are written last.
+  float* const exact = reinterpret_cast<float*>(shared_memory() + sizeof(Desk));
+  const auto place = [&](int64_t k) { return static_cast<int>(labels[k] - tile.first_column); };
+  const auto here = [&](int64_t k) {
+    return labels[k] >= tile.first_column && labels[k] < tile.first_column + columns;
+  };
+#pragma unroll 1
+  for (int64_t k = thread(); wanted && k < args.gains_per_row; k += threads()) {
+    if (!here(k)) continue;
+    float t[1] = {x.at(place(k))}, g[1], unused, same = 0.0f;
+    for (int64_t l = 0; l < args.gains_per_row; ++l) same += labels[l] == labels[k] ? gains[l] : 0.0f;
+    const float lp = slopes(t[0], kPair ? y.at(place(k)) : 0.0f, label_total - same, g[0], unused);
+    g[0] -= same == 0.0f ? 0.0f : same * expm1f(lp);
+    taken_back(x, it, t, g);
+    exact[k] = g[0];
+  }
+  if (args.gains_per_row) sync();
+
+  const auto write = [&](int column, const uint4& x_raw, const uint4& y_raw, auto whole) {
+    float t[kWide], u[kWide] = {}, g[kWide], h[kWide] = {};
+    x.template read<whole.value>(x_raw, column, t);
+    if constexpr (kPair) y.template read<whole.value>(y_raw, column, u);
+#pragma unroll
+    for (int j = 0; j < kWide; ++j) slopes(t[j], u[j], label_total, g[j], h[j]);
+    if (wanted) {
+      taken_back(x, it, t, g);
+      dx.template store<whole.value>(x, column, g);
+    }
+    if (wanted_too) {
+      taken_back(y, it, u, h);
+      dy.template store<whole.value>(y, column, h);
+    }
+  };
+  if (!together) walk<kFlight, kPair>(x, y, origin, write);
+  if constexpr (kWidth == 4) {
+    for (int start = 0; together && start < columns; start += step) {
+      const int column = start + thread() * kWide;
+      const bool inside = column < columns;
+      const uint4 x_raw = inside ? x.load(column) : uint4{},
+                  y_raw = kPair && inside ? y.load(column) : uint4{};
+      sync();
+      if (inside) write(column, x_raw, y_raw, Whole<false>{});
+    }
+  }
+  if (!args.gains_per_row) return;
+  sync();
+  for (int64_t k = thread(); wanted && k < args.gains_per_row; k += threads())
+    if (here(k)) dx.put(place(k), exact[k]);
+}
+
+}  // namespace fd

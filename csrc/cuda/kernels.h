@@ -1,0 +1,53 @@
+// Which sets of outputs have a kernel of their own, and how much a launch takes.
+//
+// A kernel costs build time and bytes on every target, so there is one for what trainers ask for token by
+// token:
+//   one model     log_prob, entropy, logsumexp, max_log_prob's value (kFirst); every statistic at once
+//   (kAll); two models    log_prob and entropy beside one KL, both (jeffreys), or one two-pass divergence
+//   (js, tv), in one
+//                 launch that reads each logit once where it fits; every statistic beside both KLs;
+//   gradients     of one model's outputs; of those and one divergence, to the student; and one that walks a
+//   list of
+//                 divergences for each logit, to both models.
+// Two models of one dtype, or of any two: for those a kernel asks what it reads.  Everything else is several
+// launches.
+#pragma once
+#include "../rows.h"
+#include "device.h"
+
+#define FD_DTYPES(X) X(kFloat32, float) X(kFloat16, Float16) X(kBFloat16, BFloat16)
+
+namespace fd {
+
+#if defined(FD_LOCKSTEP)
+// Small enough that both looks and clusters are seen at small vocabularies.
+constexpr int kThreads = 64, kLargestCluster = 2;
+constexpr int64_t kKept = 4 << 10;
+#else
+constexpr int kThreads = 256, kLargestCluster = 8;
+// Bytes of a block's packs: two blocks fit a processor of sm_90 and sm_100.
+constexpr int64_t kKept = 100 << 10;
+#endif
+
+// Threads for a number of packs: a function of the row's size alone, as the order of sums depends on it.
+inline int threads_for(int64_t packs) {
+  int threads = 32;
+  while (threads < kThreads && threads < packs) threads *= 2;
+  return threads;
+}
+
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// Blocks that keep a row's packs of `bytes` each in shared memory, and packs of each block; no block: they do
+// not fit.
+struct Share {
+  int blocks = 0;
+  int64_t packs = 0;
+};
+inline Share share_of(int64_t packs, int64_t bytes, int most_blocks, int64_t room) {
+  for (int blocks = 1; blocks <= most_blocks; blocks *= 2)
+    if (ceil_div(packs, blocks) * bytes <= room) return {blocks, ceil_div(packs, blocks)};
+  return {};
+}
+
+}  // namespace fd

@@ -1,0 +1,152 @@
+// Row statistics: one block, or one cluster of them, takes a row.
+//
+// A first look sums exponentials about a maximum that grows.  Divergences need the normalisers of both
+// models, so they are summed in a second look: at the packs that the blocks have kept in shared memory, or at
+// memory again.
+#pragma once
+#include "../pointwise.h"
+#include "frame.h"
+#include "launch_rows.h"
+#include "online.h"
+
+namespace fd {
+
+// What a second look sums: nothing; the KLs, whose place is in the state; or one divergence of pointwise.h.
+struct Nothing {
+  static constexpr int kSums = 0;
+};
+template <bool kWithForward, bool kWithReverse>
+struct Kl {
+  static constexpr int kSums = kWithForward + kWithReverse;
+  static constexpr bool kIsForward = kWithForward, kIsReverse = kWithReverse;
+  FD_DEVICE static void add(float d, float p, float q, float, float (&sums)[kSums]) {
+    if (kWithForward) sums[0] += forward_kl_value(d, p, q, 0.0f);
+    if (kWithReverse) sums[kSums - 1] += reverse_kl_value(d, p, q, 0.0f);
+  }
+};
+#define FD_COMPARED_TERM(name)                                                            \
+  struct name##_term {                                                                    \
+    static constexpr int kSums = 3;                                                       \
+    static constexpr bool kIsForward = false, kIsReverse = false;                         \
+    FD_DEVICE static void add(float d, float p, float q, float a, float (&sums)[kSums]) { \
+      sums[0] += name##_value(d, p, q, a);                                                \
+      sums[1] += name##_dlp(d, p, q, a);                                                  \
+      sums[2] += name##_dlq(d, p, q, a);                                                  \
+    }                                                                                     \
+  };
+FD_COMPARED(FD_COMPARED_TERM)
+#undef FD_COMPARED_TERM
+
+// Sums on unnormalised exponentials, as the state has them, from the KL of a tile's own distributions.
+FD_DEVICE double unnormalised(double kl, const Normaliser& of, const Normaliser& against) {
+  if (of.max == -INFINITY) return total(against);
+  if (against.max == -INFINITY) return INFINITY;
+  const double apart = log_sum(against) - log_sum(of);
+  return (kl + (expm1(apart) - apart)) * total(of);
+}
+
+struct StatisticsLaunch {
+  Statistics given;
+  int packs = 0;      // of a block
+  bool keep = false;  // they stay in shared memory for the second look
+};
+
+// Blocks of a processor; the more of them, the fewer registers a thread has.
+template <Moments kMoments, typename Term>
+constexpr int kBlocksAtOnce = Term::kSums                 ? 2
+                              : kMoments == Moments::kAll ? 3
+                                                          : 4;
+
+template <typename T, Moments kMoments, typename Term>
+FD_KERNEL void FD_BOUNDS(kMostThreads, (kBlocksAtOnce<kMoments, Term>))
+    statistics_kernel(const StatisticsLaunch args) {
+  constexpr int kWide = kPack<T>, kFlight = Term::kSums ? 2 : 4;  // loads of a thread at a time
+  constexpr bool kPair = Term::kSums > 0;
+  const Tile& tile = args.given.tile;
+  const int64_t row = block() / cluster_size();
+  if (!takes_part(tile, row)) return;
+  const float it = tile.inverse_temperature[row];
+  const int share = args.packs * kWide, begin = cluster_rank() * share;
+  const int left = static_cast<int>(tile.columns) - begin, columns = left < 0       ? 0
+                                                                     : left < share ? left
+                                                                                    : share;
+  const Row<T> x(tile.student, row, begin, columns, 0);
+  const Row<T> y = kPair ? Row<T>(tile.teacher, row, begin, columns, 0) : Row<T>();
+  uint4* const x_kept = reinterpret_cast<uint4*>(shared_memory() + sizeof(Desk));
+  uint4* const y_kept = x_kept + args.packs;
+  const bool leads = cluster_rank() == 0 && thread() == 0;
+
+  if (args.given.known) {
+    if (leads) desk().state = args.given.state[row];
+  } else {
+    const float it2 = it * kLog2E, slack = 4.0f / it;
+    Online<kMoments> student;
+    Online<Moments::kNone> teacher;
+    walk<kFlight, kPair>(x, y, 0, [&](int column, const uint4& x_raw, const uint4& y_raw, auto whole) {
+      float t[kWide];
+      x.template read<whole.value>(x_raw, column, t);
+      student.template add<whole.value>(t, it2, slack, column, columns);
+      if constexpr (kPair) {
+        y.template read<whole.value>(y_raw, column, t);
+        teacher.template add<whole.value>(t, it2, slack, column, columns);
+        if (args.keep) {
+          x_kept[column / kWide] = x_raw;
+          y_kept[column / kWide] = y_raw;
+        }
+      }
+    });
+    const int64_t* labels = tile.labels + row * tile.labels_per_row;
+    for (int64_t k = thread(); k < tile.labels_per_row; k += threads()) {
+      const int64_t at = labels[k] - tile.first_column - begin;
+      if (at >= 0 && at < columns) args.given.label_logits[row * tile.labels_per_row + k] = x.at(at);
+    }
+    if (thread() == 0) desk().state = RowState{{}, 0.0, 0.0, 0.0, 0.0, 0.0, {-INFINITY, 0.0}, 0.0, 0.0};
+    student.total(it2, tile.first_column + begin, desk().state.student, &desk().state);
+    if (kPair) teacher.total(it2, 0, desk().state.teacher, nullptr);
+    cluster_merge<kPair>(it);
+  }
+
+  if constexpr (kPair) {
+    if (leads) desk().frame = frame_of(desk().state, it);
+    cluster_sync();
+    const Frame frame = *of_block(&desk().frame, 0);
+    double totals[Term::kSums] = {};
+    Sum<false> sums[Term::kSums];
+    const auto look = [&](int column, const uint4& x_raw, const uint4& y_raw, auto whole) {
+      float t[kWide], u[kWide], few[Term::kSums] = {};
+      x.template read<whole.value>(x_raw, column, t);
+      y.template read<whole.value>(y_raw, column, u);
+      const Pair<kWide> pair(t, u, frame, it);
+#pragma unroll
+      for (int j = 0; j < kWide; ++j) Term::add(pair.d[j], pair.p[j], pair.q[j], args.given.parameter, few);
+#pragma unroll
+      for (int j = 0; j < Term::kSums; ++j) sums[j].add(few[j]);
+    };
+    if (args.keep) {
+      const int step = threads() * kWide;
+      for (int c = thread() * kWide; c < columns; c += step)
+        look(c, x_kept[c / kWide], y_kept[c / kWide], Whole<false>{});
+    } else {
+      walk<kFlight, true>(x, y, 0, look);
+    }
+#pragma unroll
+    for (int j = 0; j < Term::kSums; ++j) totals[j] = sums[j].total();
+    cluster_sum(totals);
+    RowState& whole = desk().state;
+    if (leads && Term::kIsForward) whole.forward = unnormalised(totals[0], whole.teacher, whole.student);
+    if (leads && Term::kIsReverse)
+      whole.reverse = unnormalised(totals[Term::kSums - 1], whole.student, whole.teacher);
+    if (leads && !Term::kIsForward && !Term::kIsReverse) {
+      double* to = args.given.sums + row * args.given.sums_per_row;
+      for (int j = 0; j < Term::kSums; ++j) to[j] += totals[j];
+    }
+  }
+  if (!leads || args.given.known) return;
+  RowState& state = args.given.state[row];
+  if (args.given.fresh)
+    state = desk().state;
+  else
+    merge<kPair>(state, desk().state, it);
+}
+
+}  // namespace fd
