@@ -256,30 +256,43 @@ struct Whole {
   static constexpr bool value = kValue;
 };
 
-// Gives body(column, x's pack, y's pack, Whole) the packs of this thread in ascending order, `kFlight` loads
-// of each row under way at a time; y only if `kPair`.  Packs begin at column `origin`, which may be before
-// the row.
+// Gives body(column, x's pack, y's pack, Whole) the packs of this thread, `kFlight` loads of each row under
+// way at a time; y only if `kPair`.  Packs begin at column `origin`, which may be before the row.  In
+// ascending order, but for a pack that begins before the row.  `together`: all threads have loaded a pack
+// before one is given to a body.
+//
+// The body's code stands here kFlight + 1 times, or once where that is 1: large bodies take long to compile.
 template <int kFlight, bool kPair, typename T, typename Body>
-FD_DEVICE void walk(const Row<T>& x, const Row<T>& y, int origin, const Body& body) {
-  const int step = threads() * kPack<T>;
-  int c = origin + thread() * kPack<T>;
-  uint4 x_raw[kFlight], y_raw[kFlight] = {};
-  if (c < 0) {
-    if (kPair) y_raw[0] = y.load(c);
-    body(c, x.load(c), y_raw[0], Whole<false>{});
-    c += step;
-  }
-  const int reach = kPair && y.reach() > x.reach() ? y.reach() : x.reach();
-  for (; c + (kFlight - 1) * step + reach <= x.columns; c += kFlight * step) {
-    x.load(c, step, x_raw);
-    if (kPair) y.load(c, step, y_raw);
+FD_DEVICE void walk(const Row<T>& x, const Row<T>& y, int origin, bool together, const Body& body) {
+  const int lane = thread() * kPack<T>, step = threads() * kPack<T>;
+  int c = origin + lane, before = 0;
+  if constexpr (kFlight > 1) {
+    if (!together) {
+      if (c < 0) {
+        before = c;
+        c += step;
+      }
+      const int reach = kPair && y.reach() > x.reach() ? y.reach() : x.reach();
+      for (; c + (kFlight - 1) * step + reach <= x.columns; c += kFlight * step) {
+        uint4 x_raw[kFlight], y_raw[kFlight] = {};
+        x.load(c, step, x_raw);
+        if (kPair) y.load(c, step, y_raw);
 #pragma unroll
-    for (int i = 0; i < kFlight; ++i) body(c + i * step, x_raw[i], y_raw[i], Whole<true>{});
+        for (int i = 0; i < kFlight; ++i) body(c + i * step, x_raw[i], y_raw[i], Whole<true>{});
+      }
+    }
   }
 #pragma unroll 1
-  for (; c < x.columns; c += step) {
-    if (kPair) y_raw[0] = y.load(c);
-    body(c, x.load(c), y_raw[0], Whole<false>{});
+  for (int base = c - lane; base < x.columns || before < 0; base += step) {
+    int at = base + lane;
+    if (at >= x.columns && before < 0) {
+      at = before;
+      before = 0;
+    }
+    const bool inside = at < x.columns;
+    const uint4 x_raw = inside ? x.load(at) : uint4{}, y_raw = kPair && inside ? y.load(at) : uint4{};
+    if (together) sync();
+    if (inside) body(at, x_raw, y_raw, Whole<false>{});
   }
 }
 

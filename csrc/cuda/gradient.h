@@ -194,17 +194,7 @@ FD_KERNEL void FD_BOUNDS(kMostThreads, Terms::kPair ? 2 : 4) gradient_kernel(con
       dy.template store<whole.value>(y, column, h);
     }
   };
-  if (!together) walk<kFlight, kPair>(x, y, origin, write);
-  if constexpr (kWidth == 4) {
-    for (int start = 0; together && start < columns; start += step) {
-      const int column = start + thread() * kWide;
-      const bool inside = column < columns;
-      const uint4 x_raw = inside ? x.load(column) : uint4{},
-                  y_raw = kPair && inside ? y.load(column) : uint4{};
-      sync();
-      if (inside) write(column, x_raw, y_raw, Whole<false>{});
-    }
-  }
+  walk<kFlight, kPair>(x, y, origin, together, write);
   if (!args.gains_per_row) return;
   sync();
   for (int64_t k = thread(); wanted && k < args.gains_per_row; k += threads())

@@ -36,6 +36,7 @@ inline const char* cudaGetErrorString(Error) { return "invalid argument"; }
 namespace lockstep {
 
 constexpr int kStack = 1 << 16, kWarp = 32;
+constexpr int64_t kMostShared = 1 << 18;  // bytes of a block, as some GPU has them
 
 struct Barrier {
   int waiting = 0;
@@ -210,6 +211,7 @@ FD_DEVICE void fence() {}
 template <typename Args>
 Error launch(void (*kernel)(Args), const Launch& shape, const Queue&, const Args& args) {
   using namespace lockstep;
+  if (shape.shared > kMostShared) return cudaErrorInvalidValue;
   struct Call {
     void (*kernel)(Args);
     const Args& args;

@@ -14,7 +14,7 @@ struct OnDevice {
   explicit OnDevice(int) {}
   Error error = cudaSuccess;
 };
-inline Machine machine_of(int) { return {2, 1 << 20}; }
+inline Machine machine_of(int) { return {2, lockstep::kMostShared}; }
 #else
 // Makes a device current for a while.
 class OnDevice {

@@ -25,7 +25,7 @@ FD_KERNEL void FD_BOUNDS(kMostThreads, 4) rank_kernel(const Rank args) {
     const int64_t at = row * tile.labels_per_row + k;
     const float label = args.label_logits[at];
     int above = 0;
-    walk<4, false>(x, x, 0, [&](int column, const uint4& raw, const uint4&, auto whole) {
+    walk<4, false>(x, x, 0, false, [&](int column, const uint4& raw, const uint4&, auto whole) {
       float t[kWide];
       x.template read<whole.value>(raw, column, t);
 #pragma unroll

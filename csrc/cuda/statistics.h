@@ -82,7 +82,7 @@ FD_KERNEL void FD_BOUNDS(kMostThreads, (kBlocksAtOnce<kMoments, Term>))
     const float it2 = it * kLog2E, slack = 4.0f / it;
     Online<kMoments> student;
     Online<Moments::kNone> teacher;
-    walk<kFlight, kPair>(x, y, 0, [&](int column, const uint4& x_raw, const uint4& y_raw, auto whole) {
+    walk<kFlight, kPair>(x, y, 0, false, [&](int column, const uint4& x_raw, const uint4& y_raw, auto whole) {
       float t[kWide];
       x.template read<whole.value>(x_raw, column, t);
       student.template add<whole.value>(t, it2, slack, column, columns);
@@ -112,22 +112,19 @@ FD_KERNEL void FD_BOUNDS(kMostThreads, (kBlocksAtOnce<kMoments, Term>))
     const Frame frame = *of_block(&desk().frame, 0);
     double totals[Term::kSums] = {};
     Sum<false> sums[Term::kSums];
-    const auto look = [&](int column, const uint4& x_raw, const uint4& y_raw, auto whole) {
+    const int step = threads() * kWide;
+#pragma unroll 1
+    for (int c = thread() * kWide; c < columns; c += step) {
+      const uint4 x_raw = args.keep ? x_kept[c / kWide] : x.load(c);
+      const uint4 y_raw = args.keep ? y_kept[c / kWide] : y.load(c);
       float t[kWide], u[kWide], few[Term::kSums] = {};
-      x.template read<whole.value>(x_raw, column, t);
-      y.template read<whole.value>(y_raw, column, u);
+      x.template read<false>(x_raw, c, t);
+      y.template read<false>(y_raw, c, u);
       const Pair<kWide> pair(t, u, frame, it);
 #pragma unroll
       for (int j = 0; j < kWide; ++j) Term::add(pair.d[j], pair.p[j], pair.q[j], args.given.parameter, few);
 #pragma unroll
       for (int j = 0; j < Term::kSums; ++j) sums[j].add(few[j]);
-    };
-    if (args.keep) {
-      const int step = threads() * kWide;
-      for (int c = thread() * kWide; c < columns; c += step)
-        look(c, x_kept[c / kWide], y_kept[c / kWide], Whole<false>{});
-    } else {
-      walk<kFlight, true>(x, y, 0, look);
     }
 #pragma unroll
     for (int j = 0; j < Term::kSums; ++j) totals[j] = sums[j].total();
