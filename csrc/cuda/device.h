@@ -60,7 +60,8 @@ FD_DEVICE int cluster_rank() {
   return static_cast<int>(n);
 }
 FD_DEVICE void cluster_sync() {
-  asm volatile("barrier.cluster.arrive.aligned;\nbarrier.cluster.wait.aligned;" ::: "memory");
+  // Not `.aligned`: lanes of a warp may come here by different ways.
+  asm volatile("barrier.cluster.arrive;\nbarrier.cluster.wait;" ::: "memory");
 }
 // The same place in the shared memory of another block of the cluster.
 template <typename T>

@@ -21,14 +21,18 @@ class OnDevice {
  public:
   explicit OnDevice(int device) {
     error = cudaGetDevice(&before_);
-    if (error == cudaSuccess && before_ != device) error = cudaSetDevice(device);
+    changed_ = error == cudaSuccess && before_ != device;
+    if (changed_) error = cudaSetDevice(device);
   }
-  ~OnDevice() { cudaSetDevice(before_); }
+  ~OnDevice() {
+    if (changed_) cudaSetDevice(before_);
+  }
   OnDevice(const OnDevice&) = delete;
   Error error;
 
  private:
   int before_ = 0;
+  bool changed_ = false;
 };
 
 inline Machine machine_of(int device) {

@@ -1,4 +1,4 @@
-// Sums of a row's exponentials in one look: a thread's, then a block's.
+// Sums of a row's exponentials in one look: a thread's, then those of all threads.
 #pragma once
 #include "elements.h"
 #include "reduce.h"
@@ -73,39 +73,49 @@ struct Online {
     }
   }
 
-  // A block's sums, by thread 0 into the fields of one model, with columns counted from `begin`.
-  FD_DEVICE void total(float it2, int64_t begin, Normaliser& normaliser, RowState* moments) {
+  // How many numbers of a thread are summed: tail, how many largest; first; second, squares, sum.
+  static constexpr int kSums = kAll ? 6 : kFirst ? 3 : 2;
+
+  // A thread's numbers, where `top` is the largest logit of all threads.
+  FD_DEVICE void tell(float top, float it2, double* sums) {
     if (max != -INFINITY) move(max, it2);
-    const float top = block_max(max);
     const bool any = max != -INFINITY, has_top = any && max == top;
     const double d = any ? bounded((max - top) * it2) : -200.0f, f = any ? exp2(static_cast<float>(d)) : 0.0f;
-    const double held = has_top ? 0.0 : f;  // the thread's largest, unless it is the block's
+    const double held = has_top ? 0.0 : f;  // the thread's largest, unless it is the row's
     const double own = tail.total();
-    double sums[kAll ? 6 : 3] = {f * own + held, has_top ? 1.0 : 0.0};
+    sums[0] = f * own + held;
+    sums[1] = has_top ? 1.0 : 0.0;
     if (kFirst) sums[2] = f * (first.total() + d * own) + held * d;
-    double argmaxes = 0.0;
-    if constexpr (kAll) {
+    if (kAll) {
       sums[3] = f * (second.total() + 2.0 * d * first.total() + d * d * own) + held * d * d;
       sums[4] = f * f * squares.total() + held * held;
       sums[5] = sum.total();
-      // The lowest column; a float has no room for it, so in two steps.
-      const float high = block_max(has_top ? -static_cast<float>(argmax / 4096) : -INFINITY);
-      const bool may = has_top && -static_cast<float>(argmax / 4096) == high;
-      const float low = block_max(may ? -static_cast<float>(argmax % 4096) : -INFINITY);
-      argmaxes = high > -INFINITY ? -4096.0 * high - low : 0.0;
     }
-    block_sum(sums);
+  }
+
+  // The lowest column with the largest logit, in each thread.  A float has no room for it, so in two steps.
+  FD_DEVICE double lowest_top(float top, int begin) const {
+    const int column = argmax + begin;
+    bool may = max != -INFINITY && max == top;
+    float high[1] = {may ? -static_cast<float>(column / 4096) : -INFINITY};
+    const float own = high[0];
+    cluster_max<kColumnsHigh>(high);
+    may = may && own == high[0];
+    float low[1] = {may ? -static_cast<float>(column % 4096) : -INFINITY};
+    cluster_max<kColumnsLow>(low);
+    return high[0] > -INFINITY ? -4096.0 * high[0] - low[0] : 0.0;
+  }
+
+  // The sums of all threads, as fields of a state.
+  FD_DEVICE static void hand_in(float top, const double* sums, Normaliser& normaliser, RowState* moments) {
     constexpr double kLn2 = 0.6931471805599453;
     const double others = sums[1] > 1.0 ? sums[1] - 1.0 : 0.0;  // more logits like the largest
-    if (thread() != 0) return;
     normaliser = {top, top == INFINITY ? NAN : sums[0] + others};
-    if (!moments) return;
     if (kFirst) moments->first = sums[2] * kLn2;
-    if constexpr (kAll) {
+    if (kAll) {
       moments->second = sums[3] * kLn2 * kLn2;
       moments->squares = sums[4] + others;
       moments->sum = sums[5];
-      moments->argmax = argmaxes + static_cast<double>(begin);
     }
   }
 };

@@ -26,27 +26,45 @@ struct Sum {
   FD_DEVICE double total() const { return static_cast<double>(value) - excess; }
 };
 
-// What the threads of a block tell each other.  It lies first in the shared memory; packs that are kept
-// follow.
+// What threads tell each other.  It lies first in the shared memory; packs that are kept follow.
 struct alignas(16) Desk {
-  double numbers[8][kMostThreads / kWarpSize];
-  double sums[4];
+  double warps[8][kMostThreads / kWarpSize];
+  double parts[5][8];  // of this block, for the others of its cluster: no place is written twice
   RowState state;
   Frame frame;
 };
 
 FD_DEVICE Desk& desk() { return *reinterpret_cast<Desk*>(shared_memory()); }
 
-// The largest of a block, in every thread; NaN if there is one.
-FD_DEVICE float block_max(float x) {
+// The places in `parts`.
+enum Exchange { kTops, kColumnsHigh, kColumnsLow, kFirstLook, kSecondLook };
+
+// The largest of a cluster's threads, in each of them; NaN if there is one.
+template <Exchange kPlace, int N>
+FD_DEVICE void cluster_max(float (&x)[N]) {
+  static_assert(N <= 8);
 #pragma unroll
-  for (int lanes = kWarpSize / 2; lanes; lanes /= 2) x = max_nan(x, shuffle_xor(x, lanes));
-  double* numbers = desk().numbers[0];
-  if (thread() % kWarpSize == 0) numbers[thread() / kWarpSize] = x;
+  for (int i = 0; i < N; ++i) {
+#pragma unroll
+    for (int lanes = kWarpSize / 2; lanes; lanes /= 2) x[i] = max_nan(x[i], shuffle_xor(x[i], lanes));
+    if (thread() % kWarpSize == 0) desk().warps[i][thread() / kWarpSize] = x[i];
+  }
   sync();
-  for (int i = 0; i < threads() / kWarpSize; ++i) x = max_nan(x, static_cast<float>(numbers[i]));
-  sync();
-  return x;
+#pragma unroll
+  for (int i = 0; i < N; ++i) {
+    for (int j = 0; j < threads() / kWarpSize; ++j)
+      x[i] = max_nan(x[i], static_cast<float>(desk().warps[i][j]));
+    if (cluster_size() > 1 && thread() == 0) desk().parts[kPlace][i] = x[i];
+  }
+  if (cluster_size() == 1) {
+    sync();
+    return;
+  }
+  cluster_sync();
+#pragma unroll
+  for (int i = 0; i < N; ++i)
+    for (int j = 0; j < cluster_size(); ++j)
+      x[i] = max_nan(x[i], static_cast<float>(*of_block(&desk().parts[kPlace][i], j)));
 }
 
 // Sums over a block, in every thread.
@@ -57,40 +75,31 @@ FD_DEVICE void block_sum(double (&x)[N]) {
   for (int i = 0; i < N; ++i) {
 #pragma unroll
     for (int lanes = kWarpSize / 2; lanes; lanes /= 2) x[i] += shuffle_xor(x[i], lanes);
-    if (thread() % kWarpSize == 0) desk().numbers[i][thread() / kWarpSize] = x[i];
+    if (thread() % kWarpSize == 0) desk().warps[i][thread() / kWarpSize] = x[i];
   }
   sync();
 #pragma unroll
   for (int i = 0; i < N; ++i) {
     x[i] = 0.0;
-    for (int j = 0; j < threads() / kWarpSize; ++j) x[i] += desk().numbers[i][j];
+    for (int j = 0; j < threads() / kWarpSize; ++j) x[i] += desk().warps[i][j];
   }
   sync();
 }
 
-// From the state of each block's columns to that of all the cluster's, on the desk of the first block.
-template <bool kPair>
-FD_DEVICE void cluster_merge(double inverse_temperature) {
-  cluster_sync();
-  if (cluster_rank() == 0 && thread() == 0)
-    for (int i = 1; i < cluster_size(); ++i)
-      merge<kPair>(desk().state, *of_block(&desk().state, i), inverse_temperature);
-  cluster_sync();
-}
-
-// Sums over a cluster; only thread 0 gets them.
-template <int N>
-FD_DEVICE void cluster_sum(double (&sums)[N]) {
-  block_sum(sums);
+// Sums over a cluster; thread 0 of each block gets them.
+template <Exchange kPlace, int N>
+FD_DEVICE void cluster_sum(double (&x)[N]) {
+  block_sum(x);
+  if (cluster_size() == 1) return;
   if (thread() == 0)
-    for (int i = 0; i < N; ++i) desk().sums[i] = sums[i];
+    for (int i = 0; i < N; ++i) desk().parts[kPlace][i] = x[i];
   cluster_sync();
-  if (thread() == 0)
-    for (int i = 0; i < N; ++i) {
-      sums[i] = 0.0;
-      for (int j = 0; j < cluster_size(); ++j) sums[i] += of_block(desk().sums, j)[i];
-    }
-  cluster_sync();
+  if (thread() != 0) return;
+#pragma unroll
+  for (int i = 0; i < N; ++i) {
+    x[i] = 0.0;
+    for (int j = 0; j < cluster_size(); ++j) x[i] += *of_block(&desk().parts[kPlace][i], j);
+  }
 }
 
 }  // namespace fd

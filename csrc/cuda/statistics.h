@@ -67,9 +67,8 @@ FD_KERNEL void FD_BOUNDS(kMostThreads, (kBlocksAtOnce<kMoments, Term>))
   if (!takes_part(tile, row)) return;
   const float it = tile.inverse_temperature[row];
   const int share = args.packs * kWide, begin = cluster_rank() * share;
-  const int left = static_cast<int>(tile.columns) - begin, columns = left < 0       ? 0
-                                                                     : left < share ? left
-                                                                                    : share;
+  const int left = static_cast<int>(tile.columns) - begin;
+  const int columns = left < 0 ? 0 : left < share ? left : share;
   const Row<T> x(tile.student, row, begin, columns, 0);
   const Row<T> y = kPair ? Row<T>(tile.teacher, row, begin, columns, 0) : Row<T>();
   uint4* const x_kept = reinterpret_cast<uint4*>(shared_memory() + sizeof(Desk));
@@ -77,7 +76,7 @@ FD_KERNEL void FD_BOUNDS(kMostThreads, (kBlocksAtOnce<kMoments, Term>))
   const bool leads = cluster_rank() == 0 && thread() == 0;
 
   if (args.given.known) {
-    if (leads) desk().state = args.given.state[row];
+    if (thread() == 0) desk().state = args.given.state[row];
   } else {
     const float it2 = it * kLog2E, slack = 4.0f / it;
     Online<kMoments> student;
@@ -100,16 +99,29 @@ FD_KERNEL void FD_BOUNDS(kMostThreads, (kBlocksAtOnce<kMoments, Term>))
       const int64_t at = labels[k] - tile.first_column - begin;
       if (at >= 0 && at < columns) args.given.label_logits[row * tile.labels_per_row + k] = x.at(at);
     }
-    if (thread() == 0) desk().state = RowState{{}, 0.0, 0.0, 0.0, 0.0, 0.0, {-INFINITY, 0.0}, 0.0, 0.0};
-    student.total(it2, tile.first_column + begin, desk().state.student, &desk().state);
-    if (kPair) teacher.total(it2, 0, desk().state.teacher, nullptr);
-    cluster_merge<kPair>(it);
+    using Student = Online<kMoments>;
+    using Teacher = Online<Moments::kNone>;
+    float tops[kPair ? 2 : 1] = {student.max};
+    if constexpr (kPair) tops[1] = teacher.max;
+    cluster_max<kTops>(tops);
+    double argmax = 0.0;
+    if constexpr (kMoments == Moments::kAll) argmax = student.lowest_top(tops[0], begin);
+    double sums[Student::kSums + (kPair ? Teacher::kSums : 0)];
+    student.tell(tops[0], it2, sums);
+    if constexpr (kPair) teacher.tell(tops[1], it2, sums + Student::kSums);
+    cluster_sum<kFirstLook>(sums);
+    if (thread() == 0) {
+      RowState& state = desk().state;
+      state = {{}, 0.0, 0.0, 0.0, 0.0, argmax + tile.first_column, {-INFINITY, 0.0}, 0.0, 0.0};
+      Student::hand_in(tops[0], sums, state.student, &state);
+      if constexpr (kPair) Teacher::hand_in(tops[1], sums + Student::kSums, state.teacher, nullptr);
+    }
   }
 
   if constexpr (kPair) {
-    if (leads) desk().frame = frame_of(desk().state, it);
-    cluster_sync();
-    const Frame frame = *of_block(&desk().frame, 0);
+    if (thread() == 0) desk().frame = frame_of(desk().state, it);
+    sync();
+    const Frame frame = desk().frame;
     double totals[Term::kSums] = {};
     Sum<false> sums[Term::kSums];
     const int step = threads() * kWide;
@@ -128,7 +140,7 @@ FD_KERNEL void FD_BOUNDS(kMostThreads, (kBlocksAtOnce<kMoments, Term>))
     }
 #pragma unroll
     for (int j = 0; j < Term::kSums; ++j) totals[j] = sums[j].total();
-    cluster_sum(totals);
+    cluster_sum<kSecondLook>(totals);
     RowState& whole = desk().state;
     if (leads && Term::kIsForward) whole.forward = unnormalised(totals[0], whole.teacher, whole.student);
     if (leads && Term::kIsReverse)
@@ -138,6 +150,7 @@ FD_KERNEL void FD_BOUNDS(kMostThreads, (kBlocksAtOnce<kMoments, Term>))
       for (int j = 0; j < Term::kSums; ++j) to[j] += totals[j];
     }
   }
+  if (cluster_size() > 1) cluster_sync();  // no block may go while another reads what it has
   if (!leads || args.given.known) return;
   RowState& state = args.given.state[row];
   if (args.given.fresh)

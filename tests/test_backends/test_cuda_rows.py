@@ -75,8 +75,10 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 
 def everything(x: Tensor, y: Tensor, labels: Tensor) -> list[Tensor]:
-    """Outputs and gradients by every kernel."""
-    results = []
+    """Outputs and gradients by every kernel; the first over its own logits, which are a tile of hidden states."""
+    hidden = torch.eye(x.shape[0]).requires_grad_()
+    own = fastdiv.log_prob(fastdiv.LinearLogits(hidden, x.detach().float().T.contiguous()), labels, backend="cuda")
+    results = [own.detach(), *torch.autograd.grad(own.sum(), hidden)]
     for outputs in (
         ("log_prob", "entropy"),
         ("varentropy", "argmax", "max_log_prob", "log_sum_sq_probs", "mean_logit", "rank"),
