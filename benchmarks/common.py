@@ -9,13 +9,15 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from fastdiv import backends
+
 from .floors import Floor
 from .timing import Meter, interleave, meter
 
 Tensors = dict[str, Tensor]
 Contestant = Callable[..., Tensors]
 """From a case's inputs, by name, to its outputs; "loss" is what the gradient is taken of."""
-EAGER, COMPILE, FASTDIV, FLOOR = "eager", "torch.compile", "fastdiv", "floor"
+EAGER, COMPILE, FASTDIV, TRITON, FLOOR = "eager", "torch.compile", "fastdiv", "fastdiv triton", "floor"
 # Of a tensor's largest magnitude.  Plain torch in float32 is what is inexact: its js gradient at 512 x 49152 is 3e-4
 # off, as float64 shows, and fastdiv's 6e-6.  In bfloat16 a gradient is rounded to 4e-3 of itself.
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 1e-2}
@@ -70,8 +72,11 @@ class Result:
     unit: str = ""
     absent: dict[str, str] = field(default_factory=dict)
     """Why a contestant is missing."""
-    moved: float | None = None
-    """Bytes that fastdiv's kernels read and write, where that is all they do."""
+    dtype: str = "float32"
+    backends: dict[str, str] = field(default_factory=dict)
+    """What the contestants of `Case.ours` ran on."""
+    moved: dict[str, float] = field(default_factory=dict)
+    """Bytes that the kernels of fastdiv's contestants read and write, where that is all they do."""
     memory: dict[str, dict[str, int]] = field(default_factory=dict)
     """Per contestant, bytes: "peak" beyond the inputs; "results", held by outputs and gradients at the end."""
 
@@ -91,7 +96,10 @@ class Case:
         rounds: how often each contestant is timed, unless the command line says.
         device: where the inputs are.
         tolerance: how far a result may be off, of its tensor's largest magnitude.
-        moved: bytes that fastdiv's kernels read and write (`floors.bytes_moved`), for a work from logits.
+        dtype: of the inputs' numbers.
+        ours: contestants that are fastdiv on a backend to be named, and the one they ask for; None: the preferred one.
+        moved: from a backend (None: one of `ours` it is not) to the bytes that its kernels read and write
+            (`floors.bytes_moved`), for a work from logits.
         guests: contestants of other packages; one that computes something else is left out and named.
     """
 
@@ -105,7 +113,9 @@ class Case:
     rounds: int
     device: str = "cpu"
     tolerance: float = TOLERANCE[torch.float32]
-    moved: float | None = None
+    dtype: torch.dtype = torch.float32
+    ours: Mapping[str, str | None] = field(default_factory=dict)
+    moved: Callable[[str | None], float] | None = None
     guests: tuple[str, ...] = ()
 
     def inputs(self) -> Tensors:
@@ -150,6 +160,8 @@ class Case:
         for name, contestant in present.items():
             measures[name] = lambda c=contestant: self.execute(c, inputs, seconds)[0]  # type: ignore[misc]
         times = interleave(measures, settings.rounds or self.rounds)
+        ran_on = {name: self.backend(asked) for name, asked in self.ours.items() if name in present}
+        moved = {n: self.moved(ran_on.get(n)) for n in (FASTDIV, TRITON) if n in present} if self.moved else {}
         return Result(
             self.shape,
             self.timed,
@@ -159,8 +171,14 @@ class Case:
             self.floor.amount,
             self.floor.unit,
             absent,
-            self.moved,
+            str(self.dtype).removeprefix("torch."),
+            ran_on,
+            moved,
         )
+
+    def backend(self, asked: str | None = None) -> str:
+        """What a call of fastdiv runs on that asks for `asked`."""
+        return backends.select([self.dtype], torch.device(self.device), asked)
 
     def _warm(
         self, inputs: Tensors, seconds: Meter, settings: Settings

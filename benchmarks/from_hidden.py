@@ -11,7 +11,7 @@ from torch import Tensor
 import fastdiv
 
 from . import eager, floors, others
-from .common import PLACES, Case, Contestant, Place, Tensors, standard
+from .common import FASTDIV, PLACES, Case, Contestant, Place, Tensors, standard
 
 SIZES = {  # tokens, hidden, vocabulary
     "cpu": {"full": (2048, 576, 49152), "small": (96, 64, 1536)},
@@ -124,6 +124,8 @@ def cases(scale: str, place: Place = PLACES["cpu"]) -> list[Case]:
             rounds=5,
             device=place.device,
             tolerance=TOLERANCE[place.dtype],
+            dtype=place.dtype,
+            ours={FASTDIV: None} if place.name == "cuda" else {},
             guests=tuple(guests or ()),
         )
 

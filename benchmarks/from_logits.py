@@ -11,9 +11,11 @@ import torch
 from torch import Tensor
 
 import fastdiv
+from fastdiv import backends
+from fastdiv.backends import cuda
 
 from . import eager, floors, others
-from .common import PLACES, TOLERANCE, Case, Contestant, Place, Tensors, standard
+from .common import FASTDIV, PLACES, TOLERANCE, TRITON, Case, Contestant, Place, Tensors, Unavailable, standard
 
 SIZES = {  # tokens, vocabulary
     "cpu": {"full": (512, 49152), "small": (32, 2048)},
@@ -26,8 +28,8 @@ def eager_log_prob(student: Tensor, labels: Tensor, weights: Tensor) -> Tensors:
     return {"loss": -(weights * log_prob).sum(), "log_prob": log_prob}
 
 
-def fastdiv_log_prob(student: Tensor, labels: Tensor, weights: Tensor) -> Tensors:
-    log_prob = fastdiv.log_prob(student, labels)
+def fastdiv_log_prob(student: Tensor, labels: Tensor, weights: Tensor, backend: str | None = None) -> Tensors:
+    log_prob = fastdiv.log_prob(student, labels, backend=backend)
     return {"loss": -(weights * log_prob).sum(), "log_prob": log_prob}
 
 
@@ -37,8 +39,8 @@ def eager_log_prob_entropy(student: Tensor, labels: Tensor, weights: Tensor) -> 
     return {"loss": loss, "log_prob": log_prob, "entropy": entropy}
 
 
-def fastdiv_log_prob_entropy(student: Tensor, labels: Tensor, weights: Tensor) -> Tensors:
-    stats = fastdiv.token_stats(student, labels, outputs=("log_prob", "entropy"))
+def fastdiv_log_prob_entropy(student: Tensor, labels: Tensor, weights: Tensor, backend: str | None = None) -> Tensors:
+    stats = fastdiv.token_stats(student, labels, outputs=("log_prob", "entropy"), backend=backend)
     loss = -(weights * (stats.log_prob + 0.1 * stats.entropy)).sum()
     return {"loss": loss, "log_prob": stats.log_prob, "entropy": stats.entropy}
 
@@ -48,8 +50,8 @@ def eager_reverse_kl(student: Tensor, teacher: Tensor, weights: Tensor) -> Tenso
     return {"loss": (weights * divergence).sum(), "reverse_kl": divergence}
 
 
-def fastdiv_reverse_kl(student: Tensor, teacher: Tensor, weights: Tensor) -> Tensors:
-    divergence = fastdiv.divergence(student, teacher, "reverse_kl")
+def fastdiv_reverse_kl(student: Tensor, teacher: Tensor, weights: Tensor, backend: str | None = None) -> Tensors:
+    divergence = fastdiv.divergence(student, teacher, "reverse_kl", backend=backend)
     return {"loss": (weights * divergence).sum(), "reverse_kl": divergence}
 
 
@@ -58,8 +60,8 @@ def eager_js(student: Tensor, teacher: Tensor, weights: Tensor) -> Tensors:
     return {"loss": (weights * divergence).sum(), "js": divergence}
 
 
-def fastdiv_js(student: Tensor, teacher: Tensor, weights: Tensor) -> Tensors:
-    divergence = fastdiv.divergence(student, teacher, "js")
+def fastdiv_js(student: Tensor, teacher: Tensor, weights: Tensor, backend: str | None = None) -> Tensors:
+    divergence = fastdiv.divergence(student, teacher, "js", backend=backend)
     return {"loss": (weights * divergence).sum(), "js": divergence}
 
 
@@ -68,7 +70,7 @@ Direction = Literal["forward", "backward"]
 
 @dataclass(frozen=True)
 class Work:
-    """What is computed, by whom, and how often fastdiv's kernels read each of the models' logits on the way.
+    """What is computed, by whom, and how often fastdiv reads each model's logits on the way if it keeps none of them.
 
     `guests` take part on a GPU, for which they are made.
     """
@@ -107,6 +109,51 @@ LOG_PROB_ALONE = Work(
 )
 
 
+def on_triton(ours: Contestant, place: Place) -> Contestant:
+    """`ours` on the Triton backend, beside what runs on CUDA kernels of our own."""
+
+    def call(**inputs: Tensor) -> Tensors:
+        preferred = backends.select([place.dtype], torch.device(place.device), None)
+        if preferred != "cuda":
+            raise Unavailable(f"it is for beside the cuda backend, fastdiv ran on {preferred}")
+        if absent := backends.available()["triton"]:
+            raise Unavailable(f"the backend is absent: {absent}")
+        return ours(**inputs, backend="triton")
+
+    return call
+
+
+KEPT, CLUSTER = 100 << 10, 8
+"""Bytes of two rows that a block of csrc/cuda keeps for a second look, and blocks that share a row, at most."""
+KEPT_IN_LOCKSTEP, CLUSTER_IN_LOCKSTEP = 4 << 10, 2
+
+
+def reads(work: Work, timed: Direction, backend: str | None, vocabulary: int, place: Place) -> int:
+    """How often the kernels of a backend read each of the models' logits.
+
+    Two models' statistics take two looks.  Triton looks again only where the terms need both normalisers; CUDA's
+    kernels always, but at what they keep on the chip, if it fits.
+    """
+    if timed == "backward":
+        return 1
+    if backend != "cuda":
+        return work.looks
+    return 1 if len(work.models) == 1 or fits_on_chip(vocabulary, place) else 2
+
+
+def fits_on_chip(vocabulary: int, place: Place) -> bool:
+    """Whether CUDA's kernels keep a row of both models in shared memory."""
+    if cuda.in_lockstep():
+        blocks, room = CLUSTER_IN_LOCKSTEP, KEPT_IN_LOCKSTEP
+    else:
+        it = torch.cuda.get_device_properties(place.device)
+        blocks = CLUSTER if it.major >= 9 else 1
+        # Of a processor's memory the system takes 1 KiB a block, and the kernels less than another one.
+        room = min(KEPT, it.shared_memory_per_multiprocessor - (2 << 10))
+    packs = -(-vocabulary * place.dtype.itemsize // 16)
+    return -(-packs // blocks) * 2 * 16 <= room
+
+
 def cases(scale: str, place: Place = PLACES["cpu"]) -> list[Case]:
     """The cases at `scale`, "full" or "small"."""
     works = (*WORKS, LOG_PROB_ALONE) if place.name == "cuda" else WORKS
@@ -130,20 +177,28 @@ def _case(work: Work, timed: Direction, tokens: int, vocabulary: int, place: Pla
         return tensors | {"teacher": logits(source)}
 
     backward = timed == "backward"
-    guests = work.guests if place.name == "cuda" else {}
-    sizes = tokens, vocabulary, place.dtype.itemsize
-    reads = len(work.models) * (1 if backward else work.looks)
+    on_gpu = place.name == "cuda"
+    guests = work.guests if on_gpu else {}
+    beside = {TRITON: on_triton(work.fastdiv, place)} if on_gpu else {}
+    ours = {FASTDIV: None, TRITON: "triton"} if on_gpu else {}
+
+    def moved(backend: str | None) -> float:
+        count = len(work.models) * reads(work, timed, backend, vocabulary, place)
+        return floors.bytes_moved(tokens, vocabulary, place.dtype.itemsize, reads=count, writes=int(backward))
+
     return Case(
         name=f"{work.name}_{timed}",
         shape={"tokens": tokens, "vocabulary": vocabulary},
         make=make,
-        contestants={**standard(work.eager, work.fastdiv), **guests},
+        contestants={**standard(work.eager, work.fastdiv), **beside, **guests},
         floor=floors.traffic(work.models, tokens, vocabulary, write=backward, itemsize=place.dtype.itemsize),
         timed=timed,
         gradients=("student",) if backward else (),
         rounds=15,
         device=place.device,
         tolerance=TOLERANCE[place.dtype],
-        moved=floors.bytes_moved(*sizes, reads=reads, writes=int(backward)),
+        dtype=place.dtype,
+        ours=ours,
+        moved=moved,
         guests=tuple(guests),
     )

@@ -23,6 +23,7 @@ RESULTS = Path(__file__).resolve().parent / "results"
 # What needs a GPU first; the longest next.
 FILES = (
     "test_gpu.py",
+    "test_backends",
     "test_ops",
     "test_library.py",
     "test_edges.py",
@@ -34,6 +35,8 @@ FILES = (
 )
 NEEDED = ("hypothesis", "mpmath", "numpy")
 """Packages that some tests import."""
+BACKENDS = ("cuda", "triton")
+"""What a GPU should have; the tests of one alone are in files called after it."""
 SECONDS, TEST_SECONDS, LAST_CASE = 450.0, 210.0, 60.0
 """For all of it, for the tests at most, and for the benchmark that was begun last."""
 _PATIENCE = 15.0  # seconds between the request to end and the end
@@ -71,7 +74,10 @@ def tests(log: Path) -> str | None:
     """Runs the tests, their output into `log`, and prints its end; None, or what is wrong."""
     if importlib.util.find_spec("pytest") is None or importlib.util.find_spec("hypothesis") is None:
         return "not run: pytest and hypothesis are needed"
-    chosen, left_out = choose([ROOT / "tests" / name for name in FILES])
+    from fastdiv import backends
+
+    missing = [name for name in BACKENDS if backends.available()[name] is not None]
+    chosen, left_out = choose([ROOT / "tests" / name for name in FILES], missing)
     for name, packages in left_out.items():
         print(f"gpu: tests/{name} is left out: no {', '.join(packages)}")
     # Configuration-time warnings of foreign plugins would be errors here.
@@ -94,14 +100,15 @@ def _ending(status: int | None, seconds: float) -> str:
     return f"not finished in {seconds:.0f} s" if status is None else f"ended with status {status}"
 
 
-def choose(paths: list[Path]) -> tuple[list[str], dict[str, list[str]]]:
-    """The test files below `paths` that can be imported, and by name what the others lack."""
+def choose(paths: list[Path], backends: list[str]) -> tuple[list[str], dict[str, list[str]]]:
+    """The test files below `paths` that can run without `backends`, and by name what the others lack."""
     files = [file for path in paths for file in (sorted(path.glob("test_*.py")) if path.is_dir() else [path])]
     absent = [name for name in NEEDED if importlib.util.find_spec(name) is None]
     chosen, left_out = [], {}
     for file in files:
         text = file.read_text()
         missing = [name for name in absent if re.search(rf"^(from|import) {name}\b", text, re.MULTILINE)]
+        missing += [f"{name} backend" for name in backends if re.match(rf"test_{name}[_.]", file.name)]
         if missing:
             left_out[file.name] = missing
         else:

@@ -98,15 +98,21 @@ def as_json(result: Result) -> dict[str, Any]:
             "median_s": statistics.median(times),
             "min_s": min(times),
             "times_s": times,
-            "to_floor": paired_ratio(times, result.times[FLOOR]),
+            "to_floor": (ratio := paired_ratio(times, result.times[FLOOR])),
+            "of_floor": 1.0 / ratio["median"],
         }
         if FASTDIV in result.times:
             entry["fastdiv_to_it"] = paired_ratio(result.times[FASTDIV], times)
+        if name in result.backends:
+            entry["backend"] = result.backends[name]
+        if name in result.moved:
+            entry["moved_bytes"] = result.moved[name]
         if name in result.memory:
             entry["memory_bytes"] = result.memory[name]
         contestants[name] = entry
     return {
         "shape": result.shape,
+        "dtype": result.dtype,
         "timed": result.timed,
         "floor": {
             "name": result.floor,
@@ -114,24 +120,48 @@ def as_json(result: Result) -> dict[str, Any]:
             "amount": result.amount,
             "unit": result.unit,
         },
-        "moved_bytes": result.moved,
         "contestants": contestants,
         "absent": result.absent,
     }
 
 
 def table(works: Mapping[str, Mapping[str, Mapping[str, Any]]], void: Mapping[str, str] | None = None) -> str:
-    """The cases of all works, as `as_json` gives them, one contestant a line; then who is absent, and what is void."""
-    rows, notes = [], []
+    """The cases of all works, as `as_json` gives them, one contestant a line; then what they come to beside the floor's
+    bytes per second, who is absent, and what is void."""
+    rows, shares, notes = [], [], []
     for work, cases in works.items():
         for case, data in cases.items():
             rows += [[f"{work}/{case}" if name == FLOOR else "", *_row(name, data)] for name in data["contestants"]]
             notes += [f"{work}/{case}: no {name}: {reason}" for name, reason in data["absent"].items()]
-            if (moved := data["moved_bytes"]) and moved != data["floor"]["amount"] and FASTDIV in data["contestants"]:
-                rate = _rate(moved, "byte", data["contestants"][FASTDIV]["median_s"])
-                notes.append(f"{work}/{case}: fastdiv's kernels move {moved / 1e9:.3g} GB, at {rate}")
+            shares += [f"{work}/{case}: {share}" for share in _shares(data)]
+            notes += [f"{work}/{case}: {note}" for note in _traffic(data)]
     notes += [f"{name}: void: {reason}" for name, reason in (void or {}).items()]
-    return "\n".join([_format(_HEADER, rows), *notes])
+    return "\n".join([_format(_HEADER, rows), *shares, *notes])
+
+
+def _shares(data: Mapping[str, Any]) -> list[str]:
+    """How near fastdiv's backends come to a floor that moves the bytes that must be moved."""
+    ours = {name: entry for name, entry in data["contestants"].items() if "backend" in entry}
+    if data["floor"]["unit"] != "byte" or not ours:
+        return []
+    shares = ", ".join(f"{_label(n, entry)} {100.0 * entry['of_floor']:.1f} %" for n, entry in ours.items())
+    size = " x ".join(str(n) for n in data["shape"].values())
+    chosen = ", ".join(data["floor"]["chosen"])
+    return [f"{size} {data['dtype']}, of the floor's bytes per second ({chosen}): {shares}"]
+
+
+def _traffic(data: Mapping[str, Any]) -> list[str]:
+    """What fastdiv's kernels move where it is not what the floor moves."""
+    notes = []
+    for entry in data["contestants"].values():
+        if (moved := entry.get("moved_bytes")) and moved != data["floor"]["amount"]:
+            whose = f"fastdiv's {entry['backend']} kernels" if "backend" in entry else "fastdiv's kernels"
+            notes.append(f"{whose} move {moved / 1e9:.3g} GB, at {_rate(moved, 'byte', entry['median_s'])}")
+    return notes
+
+
+def _label(name: str, entry: Mapping[str, Any]) -> str:
+    return f"{name} ({entry['backend']})" if name == FASTDIV and "backend" in entry else name
 
 
 def _rate(amount: float, unit: str, seconds: float) -> str:
@@ -145,7 +175,7 @@ def _row(name: str, data: Mapping[str, Any]) -> list[str]:
     chosen = f" ({', '.join(floor['chosen'])})" if floor["chosen"] else ""
     to_it = entry.get("fastdiv_to_it")
     return [
-        f"floor: {floor['name']}{chosen}" if name == FLOOR else name,
+        f"floor: {floor['name']}{chosen}" if name == FLOOR else _label(name, entry),
         f"{entry['median_s'] * 1e3:.2f}",
         f"{entry['min_s'] * 1e3:.2f}",
         "1" if name == FLOOR else f"{ratio['median']:.2f} ({ratio['low']:.2f}-{ratio['high']:.2f})",

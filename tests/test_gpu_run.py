@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -17,13 +18,14 @@ from typing import Any
 import pytest
 import torch
 from fastdiv.benchmarks import __main__ as bench
-from fastdiv.benchmarks import floors, from_hidden, from_logits, gpu, others, timing
+from fastdiv.benchmarks import common, floors, from_hidden, from_logits, gpu, others, timing
 from fastdiv.benchmarks.common import COMPILE, EAGER, FASTDIV, PLACES, Case, Place, Settings, Tensors, Unavailable
 from torch import Tensor
 
 from fastdiv import backends
 
 SMALL = ["--scale", "small", "--rounds", "2", "--no-compile", "--no-memory"]
+CPU, GPU = torch.device("cpu"), torch.device("cuda" if torch.cuda.is_available() else "cpu")
 HERE = Place("cuda", "cpu", torch.bfloat16)
 """The cases of a GPU, on a CPU."""
 
@@ -42,15 +44,58 @@ def test_every_case_of_a_gpu(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     assert set(works["from_hidden"]) == {"log_prob_entropy", "linear_loss", "reverse_kl", "log_prob_alone"}
     kinds = ("log_prob_entropy", "reverse_kl", "js", "log_prob_alone")
     assert set(works["from_logits"]) == {f"{kind}_{way}" for kind in kinds for way in ("forward", "backward")}
+    preferred = backends.select([HERE.dtype], CPU, None)
     for case in (case for cases in works.values() for case in cases.values()):
         assert {EAGER, FASTDIV} <= case["contestants"].keys()
+        assert case["contestants"][FASTDIV]["backend"] == preferred and case["dtype"] == "bfloat16"
     expected = {others.LIGER, others.TRL}
     alone = works["from_logits"]["log_prob_alone_forward"]
     assert expected <= alone["contestants"].keys() | alone["absent"].keys()
+    assert common.TRITON not in works["from_hidden"]["log_prob_entropy"]["absent"]
+    assert alone["absent"][common.TRITON] == f"it is for beside the cuda backend, fastdiv ran on {preferred}"
     table = path.with_suffix(".txt").read_text()
     assert table in capsys.readouterr().out
-    assert "of floor" in table and "GB/s" in table
-    assert "from_logits/js_forward: fastdiv's kernels move 0.0021 GB" in table
+    assert "of floor" in table and "GB/s" in table and f"fastdiv ({preferred})" in table
+    assert f"from_logits/js_forward: fastdiv's {preferred} kernels move 0.0021 GB" in table
+    for way in ("forward", "backward"):
+        case = works["from_logits"][f"log_prob_entropy_{way}"]
+        share = f"{100 / case['contestants'][FASTDIV]['to_floor']['median']:.1f} %"
+        chosen = case["floor"]["chosen"][0]
+        line = f"64 x 4096 bfloat16, of the floor's bytes per second ({chosen}): fastdiv ({preferred}) {share}\n"
+        assert f"from_logits/log_prob_entropy_{way}: {line}" in table
+
+
+@pytest.mark.skipif(backends.available()["cuda"] is not None, reason="the cuda backend is absent")
+@pytest.mark.skipif(backends.available()["triton"] is not None, reason="the triton backend is absent")
+def test_both_backends_of_a_gpu_stand_side_by_side(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(PLACES, "cuda", replace(HERE, device=GPU.type))
+    monkeypatch.setitem(from_logits.SIZES["cuda"], "small", (5, 300))
+    monkeypatch.setenv("FASTDIV_BACKEND", "cuda")  # as it is where there is a GPU
+    from fastdiv.backends.triton import launch
+
+    kernels: set[str] = set()
+    run = launch.run
+
+    def watched(kernel: Any, *arguments: Any, **fixed: Any) -> None:
+        kernels.add(kernel.__name__)
+        run(kernel, *arguments, **fixed)
+
+    monkeypatch.setattr(launch, "run", watched)
+    path = tmp_path / "run.json"
+    assert bench.main([*SMALL, "--device", "cuda", "--only", "from_logits", "--json", str(path)]) == 0
+    assert {"accumulate", "gradient"} <= kernels  # those that cuda has too
+    works = json.loads(path.read_text())["works"]["from_logits"]
+    for name, case in works.items():
+        ours, beside = case["contestants"][FASTDIV], case["contestants"][common.TRITON]
+        assert (ours["backend"], beside["backend"]) == ("cuda", "triton")
+        assert beside["fastdiv_to_it"]["median"] > 0
+        assert beside["of_floor"] == 1 / beside["to_floor"]["median"] and common.FLOOR in case["contestants"]
+        assert (ours["moved_bytes"] == beside["moved_bytes"]) == (name != "js_forward")
+    table = path.with_suffix(".txt").read_text()
+    (line,) = (li for li in table.splitlines() if li.startswith("from_logits/log_prob_entropy_forward: 5 x 300"))
+    assert re.search(r"fastdiv \(cuda\) [\d.]+ %, fastdiv triton [\d.]+ %$", line)
+    notes = [li.split(" move")[0] for li in table.splitlines() if "kernels move" in li]
+    assert notes == ["from_logits/js_forward: fastdiv's triton kernels"]
 
 
 class Launches:
@@ -74,9 +119,7 @@ def test_the_stated_traffic_is_that_of_the_kernels(case: str, monkeypatch: pytes
     from fastdiv.backends.triton import launch
 
     monkeypatch.setenv("FASTDIV_BACKEND", "triton")
-    place = replace(HERE, device="cuda" if torch.cuda.is_available() else "cpu")
-    monkeypatch.setitem(from_logits.SIZES["cuda"], "small", (5, 300))
-    (it,) = (c for c in from_logits.cases("small", place) if c.name == case)
+    it = small_case(case, 300, monkeypatch)
     inputs = it.inputs()
     counted = [Launches(launch.run)]
 
@@ -87,9 +130,81 @@ def test_the_stated_traffic_is_that_of_the_kernels(case: str, monkeypatch: pytes
 
     it.execute(it.contestants[FASTDIV], inputs, meter)
     student = inputs["student"].numel() * inputs["student"].element_size()
-    assert counted[-1].read + counted[-1].written == it.moved
+    assert it.moved is not None and counted[-1].read + counted[-1].written == it.moved("triton")
     assert counted[-1].written == (student if it.timed == "backward" else 0)
-    assert it.floor.amount <= it.moved
+    assert it.floor.amount <= it.moved("triton")
+
+
+def small_case(name: str, vocabulary: int, monkeypatch: pytest.MonkeyPatch) -> Case:
+    monkeypatch.setitem(from_logits.SIZES["cuda"], "small", (5, vocabulary))
+    (it,) = (c for c in from_logits.cases("small", replace(HERE, device=GPU.type)) if c.name == name)
+    return it
+
+
+@pytest.mark.skipif(backends.available()["cuda"] is not None, reason="the cuda backend is absent")
+@pytest.mark.parametrize("vocabulary", [300, 4096], ids=["fits", "does not fit"])
+@pytest.mark.parametrize("case", [case.name for case in from_logits.cases("small", HERE)])
+def test_the_stated_traffic_is_that_of_cuda(case: str, vocabulary: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Launch by launch: a pair of rows that does not stay on the chip is read again for its second look."""
+    monkeypatch.setenv("FASTDIV_BACKEND", "cuda")
+    it = small_case(case, vocabulary, monkeypatch)
+    backend, inputs, passes = backends.get("cuda"), it.inputs(), []
+    models = 1 + ("teacher" in inputs)
+    on_chip = from_logits.fits_on_chip(vocabulary, replace(HERE, device=GPU.type))
+    assert GPU.type == "cuda" or on_chip == (vocabulary == 300)
+
+    class Counted:
+        """The native module, whose launches add the passes over one tensor of logits' size that they take."""
+
+        def __init__(self, of: Any) -> None:
+            self.of = of
+
+        def __getattr__(self, name: str) -> Any:
+            return Counted(self.of.cuda) if name == "cuda" else getattr(self.of, name)
+
+        def statistics(self, *arguments: Any) -> None:
+            known = arguments[5]
+            passes.append(models * (1 if known or models == 1 or on_chip else 2))
+            self.of.statistics(*arguments)
+
+        def gradient(self, *arguments: Any) -> None:
+            passes.append(models + 1)
+            self.of.gradient(*arguments)
+
+    def meter(work: Callable[[], Any]) -> tuple[float, Any]:
+        passes.clear()
+        with monkeypatch.context() as patch:
+            patch.setattr(backend, "_native", Counted(backend._native))  # type: ignore[attr-defined]
+            return 0.0, work()
+
+    it.execute(it.contestants[FASTDIV], inputs, meter)
+    assert it.moved is not None and len(passes) == 1
+    assert it.moved("cuda") == passes[0] * inputs["student"].numel() * 2
+    assert it.floor.amount <= it.moved("cuda")
+
+
+def test_what_stays_on_the_chip_is_what_the_kernels_keep(monkeypatch: pytest.MonkeyPatch) -> None:
+    kernels = (gpu.ROOT / "csrc/cuda/kernels.h").read_text()
+    machine = (gpu.ROOT / "csrc/cuda/machine.h").read_text()
+    clusters = re.findall(r"kLargestCluster = (\d+);", kernels)
+    kept = [int(number) << 10 for number in re.findall(r"kKept = (\d+) << 10;", kernels)]
+    assert list(map(int, clusters)) == [from_logits.CLUSTER_IN_LOCKSTEP, from_logits.CLUSTER]
+    assert kept == [from_logits.KEPT_IN_LOCKSTEP, from_logits.KEPT]
+    assert "major >= 9 ? 8 : 1" in machine
+
+    monkeypatch.setenv("FASTDIV_LOCKSTEP", "0")
+    for major, per_processor, v, dtype, fits in (
+        (9, 228, 151936, torch.bfloat16, True),
+        (9, 228, 204800, torch.bfloat16, True),
+        (9, 228, 204801, torch.bfloat16, False),
+        (9, 228, 151936, torch.float32, False),
+        (8, 164, 151936, torch.bfloat16, False),
+        (8, 164, 25600, torch.bfloat16, True),
+        (8, 100, 25600, torch.bfloat16, False),
+    ):
+        it = SimpleNamespace(major=major, shared_memory_per_multiprocessor=per_processor << 10)
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device, it=it: it)
+        assert from_logits.fits_on_chip(v, Place("cuda", "cuda", dtype)) == fits
 
 
 def test_bytes_moved() -> None:
@@ -236,13 +351,18 @@ def _without(monkeypatch: pytest.MonkeyPatch, *names: str) -> Iterator[None]:
 def test_tests_that_lack_a_package_are_left_out(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    every, none = gpu.choose([gpu.ROOT / "tests" / name for name in gpu.FILES])
+    paths = [gpu.ROOT / "tests" / name for name in gpu.FILES]
+    every, none = gpu.choose(paths, [])
     assert none == {} and all(Path(file).exists() for file in every)
-    assert {"test_gpu.py", "test_stats.py", "test_golden.py"} <= {Path(file).name for file in every}
+    names = {Path(file).name for file in every}
+    assert {"test_gpu.py", "test_stats.py", "test_golden.py", "test_cuda.py", "test_triton_linear.py"} <= names
     with _without(monkeypatch, "mpmath"):
-        fewer, left_out = gpu.choose([gpu.ROOT / "tests" / name for name in gpu.FILES])
+        fewer, left_out = gpu.choose(paths, [])
     assert left_out == {"test_precision.py": ["mpmath"]}
     assert len(fewer) == len(every) - 1
+    fewer, left_out = gpu.choose(paths, ["cuda"])
+    assert left_out == {Path(f).name: ["cuda backend"] for f in every if Path(f).name.startswith("test_cuda")}
+    assert {"test_cuda.py", "test_cuda_tokens.py"} <= left_out.keys() and len(fewer) == len(every) - len(left_out)
     with _without(monkeypatch, "hypothesis"):
         assert gpu.tests(tmp_path / "log") == "not run: pytest and hypothesis are needed"
 
