@@ -9,6 +9,7 @@ from fastdiv.ops.divergence import divergence
 from fastdiv.ops.linear import linear_loss
 from fastdiv.ops.logprob import entropy, log_prob
 from fastdiv.ops.stats import TokenStats, token_stats
+from fastdiv.ops.value_and_gradient import value_and_gradient
 from fastdiv.sources import LinearLogits, Logits
 
 __version__ = "0.1.0"
@@ -28,6 +29,7 @@ __all__ = [
     "select",
     "testing",
     "token_stats",
+    "value_and_gradient",
 ]
 
 

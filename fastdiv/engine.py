@@ -142,6 +142,14 @@ class Problem:
             return rows
         return rows.new_zeros(self.tokens, *rows.shape[1:]).index_copy_(0, self.index, rows)
 
+    def outputs(self, sums: Sums) -> list[Tensor]:
+        """The outputs of all tokens, in their shapes."""
+        values = self.backend.finish(self.request, self.every_token, sums)
+        return [
+            self.scatter(value).reshape(self.label_shape if per_label(name) else self.lead)
+            for name, value in zip(self.request.outputs, values, strict=True)
+        ]
+
     def empty_sums(self) -> Sums:
         """Before anything was added."""
         shape = self.every_token.labels.shape
@@ -214,12 +222,7 @@ def forward(problem: Problem) -> tuple[list[Tensor], Tensor, Tensor]:
         student, teacher = problem.sides(tiles, [False] * (len(problem.student) + len(problem.teacher)))
         for rows in tiles.row_slices(problem.rows):
             _accumulate(problem, sums, student, teacher, tiles, rows)
-    outputs = problem.backend.finish(request, problem.every_token, sums)
-    shaped = [
-        problem.scatter(value).reshape(problem.label_shape if per_label(name) else problem.lead)
-        for name, value in zip(request.outputs, outputs, strict=True)
-    ]
-    return shaped, problem.scatter(sums.state), problem.scatter(sums.compared)
+    return problem.outputs(sums), problem.scatter(sums.state), problem.scatter(sums.compared)
 
 
 def backward(
@@ -263,6 +266,27 @@ def fused(problem: Problem, token_loss: TokenLoss, needs: list[bool]) -> tuple[T
         upstream = {n: g for n, g in zip(names, grads, strict=True) if g is not None}
         _gradient(problem, sums, student, teacher, rows, [(whole, tile)], upstream)
     return total.to(problem.work), student.gradients() + (teacher.gradients() if teacher else [])
+
+
+def differentiate(problem: Problem, weights: dict[str, Tensor], overwrite: bool) -> tuple[list[Tensor], Tensor]:
+    """(outputs, gradient of the sum of weights [tokens] or [tokens, K] times outputs) for logits that exist."""
+    request, sums, tiles = problem.request, problem.empty_sums(), problem.plan(full_rows=True)
+    student, teacher = problem.sides(tiles, [not overwrite, *([False] * len(problem.teacher))])
+    assert isinstance(student, Given)
+    if overwrite:
+        student.overwrite()
+    flat = {name: problem.gather(w) for name, w in weights.items()}
+    whole = slice(0, problem.vocabulary)
+    for rows in tiles.row_slices(problem.rows):
+        tile, target = problem.tile(student, teacher, rows, whole), student.target(rows, whole)
+        assert target is not None
+        upstream = {name: w[rows] for name, w in flat.items()}
+        if not problem.backend.value_and_gradient(tile, request, sums.part(rows), upstream, target):
+            tile = _accumulate(problem, sums, student, teacher, tiles, rows)
+            _gradient(problem, sums, student, teacher, rows, [(whole, tile)], upstream)
+    (gradient,) = student.gradients()
+    assert gradient is not None
+    return problem.outputs(sums), gradient
 
 
 def _derivatives(loss: Tensor, leaves: list[Tensor]) -> tuple[Tensor | None, ...]:

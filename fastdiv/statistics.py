@@ -303,7 +303,7 @@ def prepare(request: Request, tokens: Tokens, sums: Sums, upstream: dict[str, Te
     c = Coefficients(sums.state.new_zeros(sums.state.shape[0], COEFFICIENTS + len(terms)))
     for name, g in upstream.items():
         if name in OUTPUTS and (gradient := OUTPUTS[name].gradient) is not None:
-            gradient(s, _usable(name, g.double(), tokens), c)
+            gradient(s, usable(name, g.double(), tokens), c)
     compared = [divergence for divergence, _ in request.compared]
     for i, (divergence, _) in enumerate(terms):
         g = upstream[divergence.name].double()
@@ -317,7 +317,7 @@ def prepare(request: Request, tokens: Tokens, sums: Sums, upstream: dict[str, Te
     return Prepared(c.c.to(work), labels, gains.to(work), terms)
 
 
-def _usable(name: str, g: Tensor, tokens: Tokens) -> Tensor:
+def usable(name: str, g: Tensor, tokens: Tokens) -> Tensor:
     """Upstream of a per-label output: 0 at ignored labels, NaN (so that the row shows it) at impossible ones."""
     if not per_label(name):
         return g

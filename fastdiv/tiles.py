@@ -115,6 +115,15 @@ class Given:
             return None
         return self._rows(self._gradient, rows, columns)
 
+    def overwrite(self) -> None:
+        """From here on the gradient goes where the logits are; rows that do not take part become 0."""
+        self._gradient = self._tensor
+        if self._index is not None:
+            count = math.prod(self._tensor.shape[:-1])
+            absent = torch.ones(count, dtype=torch.bool, device=self._tensor.device)
+            absent[self._index] = False
+            self._tensor[absent.view(self._tensor.shape[:-1])] = 0.0
+
     def absorb(self, rows: slice, columns: slice) -> None:
         """The gradient was written in place."""
 

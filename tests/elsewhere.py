@@ -25,7 +25,8 @@ HOME = torch.device("cpu")
 NOT_THERE = {"test_saved_tensors_are_small": "counts the tensors of the test, which a copy of them hides"}
 """Tests that mean nothing elsewhere, and why."""
 
-SELECTION = ("masked_covariance", "top_k", "random_subset")
+WHOLE = ("masked_covariance", "top_k", "random_subset", "value_and_gradient")
+"""Functions without a graph, which are run there as a whole."""
 
 
 class Moved(torch.autograd.Function):
@@ -47,7 +48,7 @@ class Moved(torch.autograd.Function):
 
 
 def move(value: Any, device: torch.device) -> Any:
-    """A tensor, or the tensors of a logits source, on `device`; anything else as it is."""
+    """A tensor, or the tensors of a logits source, a mapping or a tuple, on `device`; anything else as it is."""
     if isinstance(value, Tensor):
         return value.to(device) if torch.compiler.is_compiling() else Moved.apply(value, device)
     if isinstance(value, fastdiv.Logits):
@@ -55,6 +56,11 @@ def move(value: Any, device: torch.device) -> Any:
     if isinstance(value, fastdiv.LinearLogits):
         tensors = (move(t, device) for t in (value.hidden, value.weight, value.bias))
         return fastdiv.LinearLogits(*tensors, value.softcap, value.scale)
+    if isinstance(value, dict):
+        return type(value)({k: move(v, device) for k, v in value.items()})
+    if isinstance(value, tuple):
+        parts = [move(v, device) for v in value]
+        return type(value)(*parts) if hasattr(value, "_fields") else tuple(parts)
     return value
 
 
@@ -78,7 +84,7 @@ def _all_moved(function: Callable[..., Any], name: str, device: torch.device) ->
         if options.get("backend") != name or any(v.device.type != HOME.type for v in given):
             return function(*values, **options)
         found = function(*(move(v, device) for v in values), **{k: move(v, device) for k, v in options.items()})
-        return type(found)(*(move(v, HOME) for v in found)) if isinstance(found, tuple) else move(found, HOME)
+        return move(found, HOME)
 
     return wrapper
 
@@ -123,7 +129,7 @@ def elsewhere(name: str, device: torch.device, module: ModuleType) -> Iterator[N
             if hasattr(holder, "prepare"):
                 patch.setattr(holder, "prepare", _inputs_moved(holder.prepare, name, device))
         for holder in (fastdiv, select, covariance, module):
-            for function in SELECTION:
+            for function in WHOLE:
                 if hasattr(holder, function):
                     patch.setattr(holder, function, _all_moved(getattr(holder, function), name, device))
         yield

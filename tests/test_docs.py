@@ -35,7 +35,14 @@ def test_examples_in_docstrings(name: str) -> None:
 
 def test_there_are_examples() -> None:
     finder = doctest.DocTestFinder()
-    public = (fastdiv.log_prob, fastdiv.entropy, fastdiv.divergence, fastdiv.token_stats, fastdiv.linear_loss)
+    public = (
+        fastdiv.log_prob,
+        fastdiv.entropy,
+        fastdiv.divergence,
+        fastdiv.token_stats,
+        fastdiv.linear_loss,
+        fastdiv.value_and_gradient,
+    )
     for function in public:
         assert any(test.examples for test in finder.find(function)), function.__name__
 

@@ -83,6 +83,23 @@ inline void bind_rows(pybind11::module_& cuda) {
       },
       Release());
 
+  cuda.def(
+      "value_and_gradient",
+      [at](const Tile& tile, Address state, Address label_logits, Address of_log_prob, Address of_entropy,
+           Address of_logsumexp, const Target& gradient, int device, Address stream) {
+        const ValueAndGradient args{tile,
+                                    static_cast<RowState*>(at(state)),
+                                    static_cast<float*>(at(label_logits)),
+                                    static_cast<const float*>(at(of_log_prob)),
+                                    static_cast<const float*>(at(of_entropy)),
+                                    static_cast<const float*>(at(of_logsumexp)),
+                                    gradient};
+        const int error = value_and_gradient(args, {device, at(stream)});
+        if (error != kNotHere) check(error, named("value_and_gradient", tile));
+        return error != kNotHere;
+      },
+      Release());
+
   cuda.attr("architectures") = FD_CUDA_ARCHITECTURES;
 #if defined(FD_LOCKSTEP)
   cuda.def("schedule", &set_schedule);

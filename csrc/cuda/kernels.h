@@ -1,19 +1,21 @@
 // Which sets of outputs have a kernel of their own, and how much a launch takes.
 //
 // A kernel costs build time and bytes on every target, so there is one for what trainers ask for token by
-// token:
-//   one model     log_prob, entropy, logsumexp, max_log_prob's value (kFirst); every statistic at once
-//   (kAll); two models    log_prob and entropy beside one KL, both (jeffreys), or one two-pass divergence
-//   (js, tv), in one
-//                 launch that reads each logit once where it fits; every statistic beside both KLs;
-//   gradients     of one model's outputs; of those and one divergence, to the student; and one that walks a
-//   list of
-//                 divergences for each logit, to both models.
-// Two models of one dtype, or of any two: for those a kernel asks what it reads.  Everything else is several
+// token.
+//
+// One model: log_prob, entropy, logsumexp and max_log_prob's value (Moments::kFirst); every statistic (kAll).
+// Two models: log_prob and entropy beside one KL, beside both (jeffreys), or beside one divergence that needs
+// both normalisers (js, tv), in one launch that reads each logit once where it fits; every statistic beside
+// both KLs. Gradients: of one model's outputs; of those and one divergence, to the student; of a list of
+// divergences that is walked for each logit, to both models. Both at once: log_prob, entropy and logsumexp
+// with the gradient of their weighted sum.
+//
+// Two models may have one dtype, or any two: for those a kernel asks what it reads.  All else is several
 // launches.
 #pragma once
 #include "../rows.h"
 #include "device.h"
+#include "machine.h"
 
 #define FD_DTYPES(X) X(kFloat32, float) X(kFloat16, Float16) X(kBFloat16, BFloat16)
 
@@ -38,15 +40,18 @@ inline int threads_for(int64_t packs) {
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// Blocks that keep a row's packs of `bytes` each in shared memory, and packs of each block; no block: they do
-// not fit.
+// Blocks that keep a row's packs of `bytes` each in shared memory; the packs of each block, and its bytes
+// with what else it needs.  No block: they do not fit.
 struct Share {
   int blocks = 0;
-  int64_t packs = 0;
+  int64_t packs = 0, shared = 0;
 };
-inline Share share_of(int64_t packs, int64_t bytes, int most_blocks, int64_t room) {
-  for (int blocks = 1; blocks <= most_blocks; blocks *= 2)
-    if (ceil_div(packs, blocks) * bytes <= room) return {blocks, ceil_div(packs, blocks)};
+inline Share share_of(int64_t packs, int64_t bytes, const Machine& machine, int64_t more) {
+  const int64_t room = machine.shared - more;
+  for (int blocks = 1; blocks <= machine.cluster && blocks <= kLargestCluster; blocks *= 2) {
+    const int64_t own = ceil_div(packs, blocks);
+    if (own * bytes <= kKept && own * bytes <= room) return {blocks, own, own * bytes + more};
+  }
   return {};
 }
 

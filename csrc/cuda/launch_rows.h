@@ -38,6 +38,17 @@ struct Rank {
   int64_t* rank = nullptr;              // [rows, labels_per_row] entries above the label, added to
 };
 
+// Statistics of one model and the gradient of the weighted sum of its outputs, at once.
+struct ValueAndGradient {
+  Tile tile;
+  RowState* state = nullptr;            // [rows], written
+  float* label_logits = nullptr;        // [rows, labels_per_row]
+  const float* of_log_prob = nullptr;   // [rows, labels_per_row] weights
+  const float* of_entropy = nullptr;    // [rows]
+  const float* of_logsumexp = nullptr;  // [rows]
+  Target gradient;                      // may be the logits, in their dtype
+};
+
 constexpr int kMostTerms = 8;
 
 // As Gradient, with the divergences in place.  The tile's labels say which rows take part, others have the
@@ -58,5 +69,6 @@ struct RowGradient {
 int statistics(const Statistics& args, const Queue& queue);
 int rank(const Rank& args, const Queue& queue);
 int gradient(const RowGradient& args, const Queue& queue);
+int value_and_gradient(const ValueAndGradient& args, const Queue& queue);  // kNotHere: the row does not fit
 
 }  // namespace fd

@@ -51,14 +51,67 @@ struct StatisticsLaunch {
   bool keep = false;  // they stay in shared memory for the second look
 };
 
-// Blocks of a processor; the more of them, the fewer registers a thread has.
-template <Moments kMoments, typename Term>
-constexpr int kBlocksAtOnce = Term::kSums                 ? 2
-                              : kMoments == Moments::kAll ? 3
-                                                          : 4;
+// A block's share of a row.
+struct Slice {
+  int begin, columns;
+};
+FD_DEVICE Slice slice_of(const Tile& tile, int columns_per_block) {
+  const int begin = cluster_rank() * columns_per_block, left = static_cast<int>(tile.columns) - begin;
+  return {begin, left < 0 ? 0 : left < columns_per_block ? left : columns_per_block};
+}
+
+// The first look: the state of the tile's row onto each block's desk, logits of labels, and packs to where
+// they are kept (null: nowhere).
+template <Moments kMoments, bool kPair, int kFlight, typename T>
+FD_DEVICE void first_look(const Row<T>& x, const Row<T>& y, const Slice& slice, const Tile& tile, int64_t row,
+                          float it, uint4* x_kept, uint4* y_kept, float* label_logits) {
+  constexpr int kWide = kPack<T>;
+  const int columns = slice.columns;
+  const float it2 = it * kLog2E, slack = 4.0f / it;
+  using Student = Online<kMoments>;
+  using Teacher = Online<Moments::kNone>;
+  Student student;
+  Teacher teacher;
+  walk<kFlight, kPair>(x, y, 0, false, [&](int column, const uint4& x_raw, const uint4& y_raw, auto whole) {
+    float t[kWide];
+    x.template read<whole.value>(x_raw, column, t);
+    student.template add<whole.value>(t, it2, slack, column, columns);
+    if (x_kept) x_kept[column / kWide] = x_raw;
+    if constexpr (kPair) {
+      y.template read<whole.value>(y_raw, column, t);
+      teacher.template add<whole.value>(t, it2, slack, column, columns);
+      if (y_kept) y_kept[column / kWide] = y_raw;
+    }
+  });
+  const int64_t* labels = tile.labels + row * tile.labels_per_row;
+  for (int64_t k = thread(); k < tile.labels_per_row; k += threads()) {
+    const int64_t at = labels[k] - tile.first_column - slice.begin;
+    if (at >= 0 && at < columns) label_logits[row * tile.labels_per_row + k] = x.at(static_cast<int>(at));
+  }
+  float tops[kPair ? 2 : 1] = {student.max};
+  if constexpr (kPair) tops[1] = teacher.max;
+  cluster_max<kTops>(tops);
+  double argmax = 0.0;
+  if constexpr (kMoments == Moments::kAll) argmax = student.lowest_top(tops[0], slice.begin);
+  double sums[Student::kSums + (kPair ? Teacher::kSums : 0)];
+  student.tell(tops[0], it2, sums);
+  if constexpr (kPair) teacher.tell(tops[1], it2, sums + Student::kSums);
+  cluster_sum<kFirstLook>(sums);
+  if (thread() != 0) return;
+  RowState& state = desk().state;
+  state = {{}, 0.0, 0.0, 0.0, 0.0, argmax + tile.first_column, {-INFINITY, 0.0}, 0.0, 0.0};
+  Student::hand_in(tops[0], sums, state.student, &state);
+  if constexpr (kPair) Teacher::hand_in(tops[1], sums + Student::kSums, state.teacher, nullptr);
+}
+
+// Blocks of a processor: the more of them, the fewer registers a thread has, and nothing may be spilled.
+template <typename T, Moments kMoments, typename Term>
+constexpr int kBlocksAtOnce = Term::kSums                                  ? 2
+                              : kMoments == Moments::kAll || kPack<T> == 4 ? 3
+                                                                           : 4;
 
 template <typename T, Moments kMoments, typename Term>
-FD_KERNEL void FD_BOUNDS(kMostThreads, (kBlocksAtOnce<kMoments, Term>))
+FD_KERNEL void FD_BOUNDS(kMostThreads, (kBlocksAtOnce<T, kMoments, Term>))
     statistics_kernel(const StatisticsLaunch args) {
   constexpr int kWide = kPack<T>, kFlight = Term::kSums ? 2 : 4;  // loads of a thread at a time
   constexpr bool kPair = Term::kSums > 0;
@@ -66,11 +119,10 @@ FD_KERNEL void FD_BOUNDS(kMostThreads, (kBlocksAtOnce<kMoments, Term>))
   const int64_t row = block() / cluster_size();
   if (!takes_part(tile, row)) return;
   const float it = tile.inverse_temperature[row];
-  const int share = args.packs * kWide, begin = cluster_rank() * share;
-  const int left = static_cast<int>(tile.columns) - begin;
-  const int columns = left < 0 ? 0 : left < share ? left : share;
-  const Row<T> x(tile.student, row, begin, columns, 0);
-  const Row<T> y = kPair ? Row<T>(tile.teacher, row, begin, columns, 0) : Row<T>();
+  const Slice slice = slice_of(tile, args.packs * kWide);
+  const int columns = slice.columns;
+  const Row<T> x(tile.student, row, slice.begin, columns, 0);
+  const Row<T> y = kPair ? Row<T>(tile.teacher, row, slice.begin, columns, 0) : Row<T>();
   uint4* const x_kept = reinterpret_cast<uint4*>(shared_memory() + sizeof(Desk));
   uint4* const y_kept = x_kept + args.packs;
   const bool leads = cluster_rank() == 0 && thread() == 0;
@@ -78,44 +130,9 @@ FD_KERNEL void FD_BOUNDS(kMostThreads, (kBlocksAtOnce<kMoments, Term>))
   if (args.given.known) {
     if (thread() == 0) desk().state = args.given.state[row];
   } else {
-    const float it2 = it * kLog2E, slack = 4.0f / it;
-    Online<kMoments> student;
-    Online<Moments::kNone> teacher;
-    walk<kFlight, kPair>(x, y, 0, false, [&](int column, const uint4& x_raw, const uint4& y_raw, auto whole) {
-      float t[kWide];
-      x.template read<whole.value>(x_raw, column, t);
-      student.template add<whole.value>(t, it2, slack, column, columns);
-      if constexpr (kPair) {
-        y.template read<whole.value>(y_raw, column, t);
-        teacher.template add<whole.value>(t, it2, slack, column, columns);
-        if (args.keep) {
-          x_kept[column / kWide] = x_raw;
-          y_kept[column / kWide] = y_raw;
-        }
-      }
-    });
-    const int64_t* labels = tile.labels + row * tile.labels_per_row;
-    for (int64_t k = thread(); k < tile.labels_per_row; k += threads()) {
-      const int64_t at = labels[k] - tile.first_column - begin;
-      if (at >= 0 && at < columns) args.given.label_logits[row * tile.labels_per_row + k] = x.at(at);
-    }
-    using Student = Online<kMoments>;
-    using Teacher = Online<Moments::kNone>;
-    float tops[kPair ? 2 : 1] = {student.max};
-    if constexpr (kPair) tops[1] = teacher.max;
-    cluster_max<kTops>(tops);
-    double argmax = 0.0;
-    if constexpr (kMoments == Moments::kAll) argmax = student.lowest_top(tops[0], begin);
-    double sums[Student::kSums + (kPair ? Teacher::kSums : 0)];
-    student.tell(tops[0], it2, sums);
-    if constexpr (kPair) teacher.tell(tops[1], it2, sums + Student::kSums);
-    cluster_sum<kFirstLook>(sums);
-    if (thread() == 0) {
-      RowState& state = desk().state;
-      state = {{}, 0.0, 0.0, 0.0, 0.0, argmax + tile.first_column, {-INFINITY, 0.0}, 0.0, 0.0};
-      Student::hand_in(tops[0], sums, state.student, &state);
-      if constexpr (kPair) Teacher::hand_in(tops[1], sums + Student::kSums, state.teacher, nullptr);
-    }
+    const bool keep = kPair && args.keep;
+    first_look<kMoments, kPair, kFlight>(x, y, slice, tile, row, it, keep ? x_kept : nullptr,
+                                         keep ? y_kept : nullptr, args.given.label_logits);
   }
 
   if constexpr (kPair) {

@@ -1,7 +1,6 @@
 // How a row's statistics are launched; the kernel is chosen by dtype and by what is wanted.
 #pragma once
 #include "kernels.h"
-#include "machine.h"
 #include "statistics.h"
 
 namespace fd {
@@ -11,20 +10,15 @@ int launch_statistics(const Statistics& args, const Queue& queue) {
   constexpr bool kPair = Term::kSums > 0;
   const OnDevice device(queue.device);
   if (device.error != cudaSuccess) return device.error;
-  const Machine machine = machine_of(queue.device);
   const int64_t packs = ceil_div(args.tile.columns, kPack<T>);
   StatisticsLaunch call{args, static_cast<int>(packs), false};
   Launch shape{args.tile.rows, 1, threads_for(packs), sizeof(Desk)};
   if (kPair && !args.known) {
-    const int64_t room = machine.shared - static_cast<int64_t>(sizeof(Desk));
-    const int most = machine.cluster < kLargestCluster ? machine.cluster : kLargestCluster;
-    const Share share = share_of(packs, 2 * sizeof(uint4), most, room < kKept ? room : kKept);
+    const Share share = share_of(packs, 2 * sizeof(uint4), machine_of(queue.device), sizeof(Desk));
     if (share.blocks) {
       call.packs = static_cast<int>(share.packs);
       call.keep = true;
-      shape.cluster = share.blocks;
-      shape.threads = threads_for(share.packs);
-      shape.shared += share.packs * 2 * static_cast<int64_t>(sizeof(uint4));
+      shape = {args.tile.rows, share.blocks, threads_for(share.packs), share.shared};
     }
   }
   return launch(statistics_kernel<T, kMoments, Term>, shape, queue, call);

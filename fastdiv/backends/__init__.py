@@ -79,6 +79,12 @@ class Backend(abc.ABC):
         """What `gradient` needs to know of the upstream gradients, [n] or [n, K] each."""
         return statistics.prepare(request, tokens, sums, upstream)
 
+    def value_and_gradient(
+        self, tile: Tile, request: Request, sums: Sums, upstream: dict[str, Tensor], student: Rows
+    ) -> bool:
+        """All sums of whole rows, and the row gradients of sum upstream * output, in one go; False: not of these."""
+        return False
+
     def token_kernels(self) -> TokenKernels | None:
         """Those of masked covariance and selection; None: plain torch does it."""
         return None

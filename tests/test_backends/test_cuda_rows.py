@@ -79,6 +79,9 @@ def everything(x: Tensor, y: Tensor, labels: Tensor) -> list[Tensor]:
     hidden = torch.eye(x.shape[0]).requires_grad_()
     own = fastdiv.log_prob(fastdiv.LinearLogits(hidden, x.detach().float().T.contiguous()), labels, backend="cuda")
     results = [own.detach(), *torch.autograd.grad(own.sum(), hidden)]
+    weights = {"log_prob": torch.ones(x.shape[0]), "entropy": 0.5, "logsumexp": -0.25}
+    stats, gradient = fastdiv.value_and_gradient(x.detach().clone(), labels, weights, overwrite=True, backend="cuda")
+    results += [*stats.values(), gradient]
     for outputs in (
         ("log_prob", "entropy"),
         ("varentropy", "argmax", "max_log_prob", "log_sum_sq_probs", "mean_logit", "rank"),
@@ -230,6 +233,13 @@ def test_launches(outputs: tuple[str, ...], forward: list[str], launched: list[s
     if differentiable := [v.sum() for v in stats.values() if v.requires_grad]:
         torch.stack(differentiable).sum().backward()
         assert launched == ["gradient"]
+
+
+def test_value_and_gradient_take_one_launch_where_a_row_fits(launched: list[str]) -> None:
+    for v, names in ((700, ["value_and_gradient"]), (3001, ["value_and_gradient", "statistics", "gradient"])):
+        launched.clear()
+        fastdiv.value_and_gradient(random(5, v), torch.arange(5), {"log_prob": 1.0, "entropy": 0.1}, backend="cuda")
+        assert launched == names  # the first refuses a row that does not fit
 
 
 def test_masked_rows_are_neither_read_nor_change_others() -> None:

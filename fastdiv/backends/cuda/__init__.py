@@ -18,7 +18,7 @@ from fastdiv import backends
 from fastdiv.backends import Backend, TokenKernels
 from fastdiv.backends.addresses import DTYPES, NUMBERS, Addresses, fits, split
 from fastdiv.request import Request
-from fastdiv.statistics import WANTED, Prepared, Sums, Tokens
+from fastdiv.statistics import WANTED, Prepared, Sums, Tokens, usable
 from fastdiv.tiles import Projection, Rows, Terms, Tile
 
 _BESIDE_A_DIVERGENCE = WANTED["first"]
@@ -159,6 +159,25 @@ class Cuda(Backend):
         triton = self._triton()
         prepare = triton.prepare if triton else super().prepare
         return prepare(request, tokens, sums, upstream)
+
+    def value_and_gradient(
+        self, tile: Tile, request: Request, sums: Sums, upstream: dict[str, Tensor], student: Rows
+    ) -> bool:
+        if tile.teacher is not None or not set(upstream) <= {"log_prob", "entropy", "logsumexp"}:
+            return False
+        tokens, t = tile.tokens, Addresses(self._native, tile, tile.tokens.labels)
+
+        def weights(name: str) -> int:
+            shape = tokens.labels.shape if name == "log_prob" else tokens.inverse_temperature.shape
+            if name not in upstream:
+                return t.keep(sums.label_logits.new_zeros(shape))
+            return t.keep(usable(name, upstream[name], tokens).float().contiguous())
+
+        done: bool = self._native.cuda.value_and_gradient(
+            t.tile, t.keep(sums.state), t.keep(sums.label_logits), weights("log_prob"), weights("entropy"),
+            weights("logsumexp"), t.target(student), *queue(sums.state.device),
+        )  # fmt: skip
+        return done
 
     def token_kernels(self) -> TokenKernels:
         from fastdiv.backends.cuda import tokens

@@ -1,0 +1,36 @@
+// The launch of statistics and gradient at once.
+#include "value_and_gradient.h"
+
+#include "kernels.h"
+#include "machine.h"
+
+namespace fd {
+
+namespace {
+
+template <typename T>
+int launch_value_and_gradient(const ValueAndGradient& args, const Queue& queue) {
+  const OnDevice device(queue.device);
+  if (device.error != cudaSuccess) return device.error;
+  const Machine machine = machine_of(queue.device);
+  const int64_t packs = ceil_div(args.tile.columns, kPack<T>);
+  const int64_t labels = static_cast<int64_t>(sizeof(float)) * args.tile.labels_per_row;
+  const Share share = share_of(packs, sizeof(uint4), machine, static_cast<int64_t>(sizeof(Desk)) + labels);
+  if (!share.blocks) return kNotHere;
+  const ValueAndGradientLaunch call{args, static_cast<int>(share.packs)};
+  const Launch shape{args.tile.rows, share.blocks, threads_for(share.packs), share.shared};
+  return launch(value_and_gradient_kernel<T>, shape, queue, call);
+}
+
+}  // namespace
+
+int value_and_gradient(const ValueAndGradient& args, const Queue& queue) {
+  if (args.tile.columns > kMostColumns) return kNotHere;
+#define FD_CASE(number, T) \
+  if (args.tile.student.dtype == number) return launch_value_and_gradient<T>(args, queue);
+  FD_DTYPES(FD_CASE)
+#undef FD_CASE
+  return kNotHere;
+}
+
+}  // namespace fd

@@ -1,0 +1,114 @@
+"""Statistics and their gradient at once, where the weights of the loss are known beforehand."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from fastdiv import checks, engine
+from fastdiv.ops.call import prepare
+from fastdiv.ops.stats import TokenStats
+from fastdiv.sources import LinearLogits, Source
+from fastdiv.statistics import differentiable, per_label
+
+
+@torch.no_grad()
+def value_and_gradient(
+    logits: Tensor | Source,
+    labels: Tensor | None,
+    weights: Mapping[str, Tensor | float],
+    *,
+    teacher: Tensor | Source | None = None,
+    beta: float | None = None,
+    temperature: float | Tensor = 1.0,
+    mask: Tensor | None = None,
+    ignore_index: int = -100,
+    overwrite: bool = False,
+    backend: str | None = None,
+) -> tuple[TokenStats, Tensor]:
+    """Per-token statistics, and the gradient of L = sum_t sum_o weights[o]_t o_t with respect to the logits.
+
+    For losses that are linear in the statistics, whose weights are known before the forward: cross-entropy (log_prob:
+    -1 / tokens), policy gradients (log_prob: -advantage / tokens), an entropy bonus, distillation.  Nothing here is
+    differentiable; hand the gradient on by `logits.backward(gradient)`.
+
+    The backend "cuda" keeps a row of one model in shared memory where it fits (on sm_90 and later 400 000 entries of 16
+    bits): each logit is read once, each gradient written once, for log_prob, entropy and logsumexp.  All else takes
+    the launches of `token_stats` and of its backward.
+
+    Arguments:
+        logits: [*, V], a tensor or `Logits`; float16, bfloat16, float32 (float64 with the reference backend).
+        labels: [*] or [*, K], as in `token_stats`; None if no output needs them.
+        weights: output -> its weights: [*] ([*, K] for outputs per label, if labels are), or one number for all.
+        overwrite: the gradient takes the place of the logits, which must be contiguous: no memory of their size.
+        teacher, beta, temperature, mask, ignore_index, backend: as in `token_stats`; the teacher gets no gradient.
+
+    Returns:
+        (`TokenStats` of the outputs in `weights`, gradient [*, V] in the logits' dtype).  Rows that are masked, or
+        whose labels are all ignored, have a gradient of 0.
+
+    Raises:
+        As `token_stats`; TypeError for `LinearLogits` (`linear_loss` serves those) and for weights that are neither
+        numbers nor floating tensors; ValueError for outputs without a gradient, for weights of another shape or
+        device, and where `overwrite` is asked of logits that are not contiguous.
+
+    Memory beyond inputs and results: O(tokens).
+
+    >>> stats, gradient = value_and_gradient(torch.zeros(2, 4), torch.tensor([1, 2]), {"log_prob": -0.5})
+    >>> gradient[0]
+    tensor([ 0.1250, -0.3750,  0.1250,  0.1250])
+    """
+    operator = "value_and_gradient"
+    if isinstance(logits, LinearLogits):
+        raise TypeError(f"{operator}: logits must exist, got LinearLogits; linear_loss is for those")
+    if not isinstance(weights, Mapping) or not weights:
+        raise TypeError(f"{operator}: weights must map outputs to weights, got {checks.describe(weights)}")
+    call = prepare(
+        operator,
+        logits,
+        labels,
+        teacher=teacher,
+        outputs=tuple(weights),
+        parameters={"beta": beta},
+        temperature=temperature,
+        mask=mask,
+        ignore_index=ignore_index,
+        backend=backend,
+        workspace=None,
+    )
+    tensor = call.tensors[0]
+    if overwrite and not tensor.is_contiguous():
+        raise ValueError(f"{operator}: overwrite needs contiguous logits, got strides {tensor.stride()}")
+    problem = engine.Problem(
+        call.request,
+        list(call.tensors[: call.students]),
+        list(call.tensors[call.students :]),
+        call.labels,
+        call.mask,
+        call.temperature,
+    )
+    given = {name: _weights(operator, name, weight, problem) for name, weight in weights.items()}
+    outputs, gradient = engine.differentiate(problem, given, overwrite)
+    return TokenStats(zip(call.request.outputs, outputs, strict=True)), gradient
+
+
+def _weights(operator: str, name: str, value: object, problem: engine.Problem) -> Tensor:
+    """The weights of an output, [tokens] or [tokens, K]."""
+    if not differentiable(name):
+        raise ValueError(f"{operator}: output {name!r} has no gradient, so it takes no weight")
+    shape = problem.label_shape if per_label(name) else problem.lead
+    flat = (problem.tokens, *shape[len(problem.lead) :])
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        return torch.full(flat, float(value), dtype=problem.work, device=problem.device)
+    if not isinstance(value, Tensor) or not value.is_floating_point():
+        raise TypeError(
+            f"{operator}: weights of {name!r} must be a number or a floating tensor, got {checks.describe(value)}"
+        )
+    if value.shape != shape or value.device != problem.device:
+        raise ValueError(
+            f"{operator}: weights of {name!r} must be {list(shape)} on {problem.device}, got {checks.describe(value)} "
+            f"on {value.device}"
+        )
+    return value.reshape(flat)
