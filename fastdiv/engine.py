@@ -47,7 +47,7 @@ class Problem:
         k = 0 if labels is None else 1 if labels.shape == self.lead else labels.shape[-1]
         every = torch.empty(self.tokens, 0, dtype=torch.int64, device=self.device)
         every = every if labels is None else labels.reshape(self.tokens, k).long()
-        mask = None if mask is None else mask.reshape(-1)
+        mask = None if mask is None else mask.reshape(-1).contiguous()
         exist = len(student) == 1 and len(teacher) < 2
         skip = exist and self.backend.skips_rows and not drop_rows
         self.index = None if skip else self._active(every, mask)

@@ -316,6 +316,18 @@ def test_expanded_upstream_gradient(backend: str) -> None:
         assert_bitwise_equal(got, want)
 
 
+def test_expanded_masks_temperatures_and_labels(backend: str) -> None:
+    x = random(5, 40).requires_grad_()
+    one = {"labels": torch.tensor([3]), "mask": torch.tensor([True]), "temperature": torch.tensor([0.5])}
+    results = []
+    for spread in (lambda t: t.expand(5), lambda t: t.repeat(5)):
+        options = {name: spread(t) for name, t in one.items()}
+        got = fastdiv.log_prob(x, options.pop("labels"), backend=backend, **options)
+        results.append([got.detach(), *torch.autograd.grad(got.sum(), x)])
+    for a, b in zip(*results, strict=True):
+        assert_bitwise_equal(a, b)
+
+
 # Dtypes
 
 

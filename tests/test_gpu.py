@@ -279,6 +279,8 @@ def rows():
         strange = [-100, v, -1] if device.type == "cuda" else [-100, 0, v - 1]
         labels = torch.tensor([0, v - 1, *strange], device=device)[:count]
         differentiate(fastdiv.token_stats(x, labels, outputs=ONE, backend=backend), x)
+        weights = {"log_prob": 1.0, "entropy": 0.5}
+        fastdiv.value_and_gradient(x.detach().clone(), labels, weights, overwrite=True, backend=backend)
         for outputs in (BOTH, ("log_prob", "reverse_kl")):
             differentiate(fastdiv.token_stats(x, labels, teacher=y.detach(), outputs=outputs, backend=backend), x)
         if count > 2:
