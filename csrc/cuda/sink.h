@@ -54,15 +54,16 @@ struct Sink {
 // Gradients with respect to z taken back through temperature and transform; 0 at -inf.
 template <int N>
 FD_DEVICE void taken_back(const Columns& row, float it, const float (&t)[N], float (&g)[N]) {
+  const float slope = it * row.scale;
+  if (row.softcap != 0.0f) {
 #pragma unroll
-  for (int i = 0; i < N; ++i) {
-    float slope = it * row.scale;
-    if (row.softcap != 0.0f) {
+    for (int i = 0; i < N; ++i) {
       const float capped = t[i] / row.softcap;
-      slope *= 1.0f - capped * capped;
+      g[i] *= 1.0f - capped * capped;
     }
-    g[i] = t[i] == -INFINITY ? 0.0f : g[i] * slope;
   }
+#pragma unroll
+  for (int i = 0; i < N; ++i) g[i] = t[i] == -INFINITY ? 0.0f : g[i] * slope;
 }
 
 }  // namespace fd
