@@ -281,7 +281,10 @@ def differentiate(problem: Problem, weights: dict[str, Tensor], overwrite: bool)
         tile, target = problem.tile(student, teacher, rows, whole), student.target(rows, whole)
         assert target is not None
         upstream = {name: w[rows] for name, w in flat.items()}
-        if not problem.backend.value_and_gradient(tile, request, sums.part(rows), upstream, target):
+        done = problem.backend.value_and_gradient(tile, request, sums.part(rows), upstream, target)
+        how = "values and gradients in one go" if done else "values, then gradients"
+        _LOG.info("%s on %s: %s", "+".join(request.outputs), problem.backend.name, how)
+        if not done:
             tile = _accumulate(problem, sums, student, teacher, tiles, rows)
             _gradient(problem, sums, student, teacher, rows, [(whole, tile)], upstream)
     (gradient,) = student.gradients()
