@@ -13,10 +13,10 @@ PIP    := $(PY) -m pip install --quiet --constraint $(VENV)/constraints.txt
 TOOLED := $(VENV)/.torch-$(TORCH)
 CSRC   := $(wildcard csrc/*.* csrc/cuda/*.h csrc/cuda/*.c*)
 
-.PHONY: test suite kernels cuda-kernels demo bench lint format native wheel gpu clean
+.PHONY: test suite kernels cuda-kernels demo bench lint format native lockstep wheel gpu clean
 
 # Both at once: much of the suite keeps one core busy.
-test: lint native
+test: lint lockstep
 	$(MAKE) --jobs=2 --output-sync=line suite kernels
 
 suite:
@@ -48,10 +48,10 @@ format: $(VENV)/.dev
 	$(PY) -m ruff format .
 	$(VENV)/bin/clang-format -i $(CSRC)
 
-# In the source tree, so that a change in csrc/ compiles again what it touches and nothing else.  The CUDA kernels come
-# in lock-step, as the suite wants them; that needs an x86-64.
-native: $(TOOLED)
-	FASTDIV_BUILD=cpu FASTDIV_LOCKSTEP=$(if $(filter x86_64,$(shell uname -m)),1) \
+# In the source tree, so that a change in csrc/ compiles again what it touches and nothing else.  The suite wants the CUDA
+# kernels in lock-step too, which needs an x86-64.
+native lockstep: $(TOOLED)
+	FASTDIV_BUILD=cpu FASTDIV_LOCKSTEP=$(and $(filter lockstep,$@),$(filter x86_64,$(shell uname -m))) \
 	  $(PY) setup.py --quiet build_ext --inplace
 
 wheel: $(TOOLED)

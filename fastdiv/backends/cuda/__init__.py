@@ -1,4 +1,4 @@
-"""CUDA kernels of csrc/*.cu: float32, float16 and bfloat16 rows on NVIDIA GPUs.
+"""CUDA kernels of csrc/cuda: float32, float16 and bfloat16 rows on NVIDIA GPUs.
 
 Without a GPU the same kernels can run on CPU tensors, threads in lock-step: for tests, by `fastdiv._lockstep`.
 """

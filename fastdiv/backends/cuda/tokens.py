@@ -1,4 +1,4 @@
-"""Masked moments and selection of tokens by the kernels of csrc/covariance.cu and csrc/selection.cu.
+"""Masked moments and selection of tokens by the kernels of csrc/cuda/covariance.cu and selection.cu.
 
 `fastdiv.ops.covariance` and `fastdiv.select` say in plain torch what they are; here they take a few launches, and none
 waits for the device.  `module` has the kernels: `fastdiv._C.cuda`, or for CPU tensors `fastdiv._lockstep.cuda`.
