@@ -1,6 +1,7 @@
 """CUDA's kernels over tokens against plain torch: the same tokens to the bit, the same covariance to the last digits.
 
-Without a GPU they run in lock-step on a CPU (csrc/cuda/lockstep.h), where threads also get their turns in shuffled orders.
+Without a GPU they run in lock-step on a CPU (csrc/cuda/lockstep.h), where threads also get their turns in shuffled
+orders.
 """
 
 from __future__ import annotations
