@@ -23,6 +23,9 @@ import elsewhere
 
 from fastdiv import backends
 
+# Most tensors are small: two threads wait for each other twice as long as one works.  Tests of threads say how many.
+torch.set_num_threads(1)
+
 FOUND = backends.available()
 PRESENT = tuple(name for name, absent in FOUND.items() if absent is None)
 
