@@ -10,6 +10,12 @@
 
 namespace fd {
 
+enum DivergenceNumber : int32_t {
+#define FD_NUMBER(name) k_##name,
+  FD_DIVERGENCES(FD_NUMBER)
+#undef FD_NUMBER
+};
+
 FD_INLINE float forward_kl_value(float d, float p, float q, float) {
   return (abs(d) < 0.5f ? (q * phi(d)) : ((p - q) - (q > 0.0f ? (q * d) : 0.0f)));
 }

@@ -241,12 +241,6 @@ FD_INLINE void add_to(F f, float gain, const float* d, const float* p, const flo
   }
 }
 
-enum Number : int32_t {
-#define FD_NUMBER(name) k_##name,
-  FD_DIVERGENCES(FD_NUMBER)
-#undef FD_NUMBER
-};
-
 FD_INLINE void add_sums(int32_t number, float a, const float* d, const float* p, const float* q, int64_t n,
                         double* sums) {
   switch (number) {

@@ -37,6 +37,12 @@ _HEADER = """\
 
 namespace fd {{
 
+enum DivergenceNumber : int32_t {{
+#define FD_NUMBER(name) k_##name,
+  FD_DIVERGENCES(FD_NUMBER)
+#undef FD_NUMBER
+}};
+
 {functions}
 
 }}  // namespace fd

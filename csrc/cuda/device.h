@@ -45,7 +45,6 @@ template <typename T>
 FD_DEVICE T shuffle_xor(T x, int lanes) {
   return __shfl_xor_sync(~0u, x, lanes);
 }
-FD_DEVICE uint32_t shuffle_up(uint32_t x, int lanes) { return __shfl_up_sync(~0u, x, lanes); }
 
 // Before sm_90 a cluster is one block.
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
@@ -107,10 +106,31 @@ FD_DEVICE int64_t atomic_add(int64_t* to, int64_t x) {
 // after.
 FD_DEVICE void fence() { __threadfence(); }
 
+// Makes a device current for a while.
+class OnDevice {
+ public:
+  explicit OnDevice(int device) {
+    error = cudaGetDevice(&before_);
+    changed_ = error == cudaSuccess && before_ != device;
+    if (changed_) error = cudaSetDevice(device);
+  }
+  ~OnDevice() {
+    if (changed_) cudaSetDevice(before_);
+  }
+  OnDevice(const OnDevice&) = delete;
+  Error error;
+
+ private:
+  int before_ = 0;
+  bool changed_ = false;
+};
+
 // Every launch.  A cluster's blocks are neighbours in the grid.
 template <typename Args>
 Error launch(void (*kernel)(Args), const Launch& shape, const Queue& queue, const Args& args) {
   if (shape.clusters == 0) return cudaSuccess;
+  const OnDevice device(queue.device);
+  if (device.error != cudaSuccess) return device.error;
   const void* address = reinterpret_cast<const void*>(kernel);
   if (shape.shared > 48 << 10) {
     const Error error = cudaFuncSetAttribute(address, cudaFuncAttributeMaxDynamicSharedMemorySize,

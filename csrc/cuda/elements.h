@@ -171,7 +171,7 @@ struct Row : Columns {
       }
     }
   }
-  // A pack at an end of the row; what is outside is 0, and is not touched.
+  // A pack at an end of the row; what is outside is 0.
   FD_DEVICE uint4 load(int column) const {
     uint4 raw[1] = {};
     if (column >= 0 && column + reach() <= columns) {

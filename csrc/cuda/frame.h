@@ -9,6 +9,12 @@ namespace fd {
 struct Frame {
   float x_max, x_norm, y_max, y_norm;  // lp = (t - x_max) it - x_norm
   float x_shift, y_shift, rest;        // d = ((t - x_shift) - (u - y_shift)) it - rest
+
+  FD_DEVICE float log_p(float t, float it) const { return (t - x_max) * it - x_norm; }
+  FD_DEVICE float log_q(float u, float it) const { return (u - y_max) * it - y_norm; }
+  FD_DEVICE float log_ratio(float t, float u, float it) const {
+    return ((t - x_shift) - (u - y_shift)) * it - rest;
+  }
 };
 
 FD_DEVICE Frame frame_of(const RowState& s, double it) {
@@ -24,19 +30,5 @@ FD_DEVICE Frame frame_of(const RowState& s, double it) {
           far ? offset(s.teacher) : 0.0f,
           static_cast<float>((far ? 0.0 : apart) + (x_norm - y_norm))};
 }
-
-// p, q and d = log p - log q of a pack.
-template <int N>
-struct Pair {
-  float d[N], p[N], q[N];
-  FD_DEVICE Pair(const float (&t)[N], const float (&u)[N], const Frame& f, float it) {
-#pragma unroll
-    for (int i = 0; i < N; ++i) {
-      p[i] = exp((t[i] - f.x_max) * it - f.x_norm);
-      q[i] = exp((u[i] - f.y_max) * it - f.y_norm);
-      d[i] = ((t[i] - f.x_shift) - (u[i] - f.y_shift)) * it - f.rest;
-    }
-  }
-};
 
 }  // namespace fd

@@ -2,9 +2,9 @@
 #pragma once
 #include "../pointwise.h"
 #include "frame.h"
+#include "labels.h"
 #include "launch_rows.h"
 #include "reduce.h"
-#include "sink.h"
 
 namespace fd {
 
@@ -76,48 +76,37 @@ FD_KERNEL void FD_BOUNDS(kMostThreads, Terms::kPair ? 2 : 4) gradient_kernel(con
   const float* c = args.coefficients + row * (6 + args.terms);
   const float c0 = c[0], c1 = c[1], c2 = c[2], c3 = c[3], c4 = c[4], e0 = c[5];
   const bool polynomial = c1 != 0.0f || c2 != 0.0f || c3 != 0.0f || c4 != 0.0f;
-  const int64_t* labels = args.gain_labels + row * args.gains_per_row;
-  const float* gains = args.label_gains + row * args.gains_per_row;
+  const Labels labels{args.gain_labels + row * args.gains_per_row,
+                      args.label_gains + row * args.gains_per_row,
+                      wanted ? args.gains_per_row : 0,
+                      tile.first_column,
+                      columns,
+                      reinterpret_cast<float*>(shared_memory() + sizeof(Desk))};
   float label_total = 0.0f;
-  for (int64_t k = 0; k < args.gains_per_row; ++k) label_total += gains[k];
+  for (int64_t k = 0; k < labels.count; ++k) label_total += labels.gains[k];
   sync();
   const Frame frame = desk().frame;
 
   // Gradients with respect to z at logits t and u, where the labels' gains add up to `gain` elsewhere.
   const auto slopes = [&](float t, float u, float gain, float& g, float& h) {
-    const float lp = (t - frame.x_max) * it - frame.x_norm, p = exp(lp);
+    const float lp = frame.log_p(t, it), p = exp(lp);
     g = (c0 - gain) * p;
     if (polynomial) {
       const float bounded = floored(lp);
       g += p * (bounded * (c1 + bounded * c2) + c3 * p) + c4;
     }
     if constexpr (kPair) {
-      const float q = exp((u - frame.y_max) * it - frame.y_norm);
-      const float d = ((t - frame.x_shift) - (u - frame.y_shift)) * it - frame.rest;
+      const float q = exp(frame.log_q(u, it));
       h = e0 * q;
-      Terms::add(args, c + 6, d, p, q, g, h);
+      Terms::add(args, c + 6, frame.log_ratio(t, u, it), p, q, g, h);
     }
     return lp;
   };
 
-  // At a label 1 - p = -expm1(log p) keeps its digits.  Those gradients are formed before the first is
-  // written, as that may be over the logits, and are written last.
-  float* const exact = reinterpret_cast<float*>(shared_memory() + sizeof(Desk));
-  const auto place = [&](int64_t k) { return static_cast<int>(labels[k] - tile.first_column); };
-  const auto here = [&](int64_t k) {
-    return labels[k] >= tile.first_column && labels[k] < tile.first_column + columns;
-  };
-#pragma unroll 1
-  for (int64_t k = thread(); wanted && k < args.gains_per_row; k += threads()) {
-    if (!here(k)) continue;
-    float t[1] = {x.at(place(k))}, g[1], unused, same = 0.0f;
-    for (int64_t l = 0; l < args.gains_per_row; ++l) same += labels[l] == labels[k] ? gains[l] : 0.0f;
-    const float lp = slopes(t[0], kPair ? y.at(place(k)) : 0.0f, label_total - same, g[0], unused);
-    g[0] -= same == 0.0f ? 0.0f : same * expm1f(lp);
-    taken_back(x, it, t, g);
-    exact[k] = g[0];
-  }
-  if (args.gains_per_row) sync();
+  labels.form(x, it, [&](int column, float t, float same, float& g) {
+    float unused;
+    return slopes(t, kPair ? y.at(column) : 0.0f, label_total - same, g, unused);
+  });
 
   const auto write = [&](int column, const uint4& x_raw, const uint4& y_raw, auto whole) {
     float t[kWide], u[kWide] = {}, g[kWide], h[kWide] = {};
@@ -135,10 +124,7 @@ FD_KERNEL void FD_BOUNDS(kMostThreads, Terms::kPair ? 2 : 4) gradient_kernel(con
     }
   };
   walk<kFlight, kPair>(x, y, origin, together, write);
-  if (!args.gains_per_row) return;
-  sync();
-  for (int64_t k = thread(); wanted && k < args.gains_per_row; k += threads())
-    if (here(k)) dx.put(place(k), exact[k]);
+  labels.write(dx);
 }
 
 }  // namespace fd

@@ -24,11 +24,7 @@ int of_pair(const RowGradient& args, const Queue& queue) {
 int gradient_of_pair(const RowGradient& args, const Queue& queue) {
   if (args.tile.student.dtype != args.tile.teacher.dtype)
     return launch_gradient<Any, ListedTerms>(args, queue);
-#define FD_CASE(number, T) \
-  if (args.tile.student.dtype == number) return of_pair<T>(args, queue);
-  FD_DTYPES(FD_CASE)
-#undef FD_CASE
-  return kNotHere;
+  return by_dtype(args.tile, [&](auto kind) { return of_pair<decltype(kind)>(args, queue); });
 }
 
 }  // namespace fd

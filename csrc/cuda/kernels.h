@@ -13,13 +13,32 @@
 // Two models may have one dtype, or any two: for those a kernel asks what it reads.  All else is several
 // launches.
 #pragma once
-#include "../rows.h"
-#include "device.h"
+#include "elements.h"
+#include "launch_rows.h"
 #include "machine.h"
 
-#define FD_DTYPES(X) X(kFloat32, float) X(kFloat16, Float16) X(kBFloat16, BFloat16)
-
 namespace fd {
+
+// launch(T{}) for the dtype of the student's logits.
+template <typename F>
+int by_dtype(const Tile& tile, F launch) {
+  if (tile.columns > kMostColumns) return kNotHere;
+  switch (tile.student.dtype) {
+    case kFloat32:
+      return launch(float{});
+    case kFloat16:
+      return launch(Float16{});
+    default:
+      return launch(BFloat16{});
+  }
+}
+
+// The same for two models; launch(Any{}) where their dtypes differ.
+template <typename F>
+int by_dtypes(const Tile& tile, F launch) {
+  if (tile.columns > kMostColumns) return kNotHere;
+  return tile.student.dtype == tile.teacher.dtype ? by_dtype(tile, launch) : launch(Any{});
+}
 
 #if defined(FD_LOCKSTEP)
 // Small enough that both looks and clusters are seen at small vocabularies.

@@ -1,7 +1,6 @@
 // The row kernels on a GPU: what a launch takes, and the launches.  Each returns a CUDA error, 0 for none,
 // and kNotHere for a set of outputs that has no kernel.
 #pragma once
-#include "../pointwise.h"
 #include "../rows.h"
 #include "queue.h"
 
@@ -9,12 +8,6 @@ namespace fd {
 
 constexpr int kNotHere = -1;
 constexpr int64_t kMostColumns = 1 << 30;  // a row's columns are counted in 32 bits
-
-enum DivergenceNumber : int32_t {
-#define FD_NUMBER(name) k_##name,
-  FD_DIVERGENCES(FD_NUMBER)
-#undef FD_NUMBER
-};
 
 // One launch: sums of a tile (`accumulate`), with them the sums of one divergence that needs finished
 // normalisers

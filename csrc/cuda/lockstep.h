@@ -187,9 +187,6 @@ template <typename T>
 T shuffle_xor(T x, int lanes) {
   return exchanged(x, [](int lane, int by) { return lane ^ by; }, lanes);
 }
-inline uint32_t shuffle_up(uint32_t x, int lanes) {
-  return exchanged(x, [](int lane, int by) { return lane < by ? lane : lane - by; }, lanes);
-}
 
 FD_DEVICE float max_nan(float a, float b) { return a != a || b != b ? NAN : a > b ? a : b; }
 FD_DEVICE float min_nan(float a, float b) { return a != a || b != b ? NAN : a < b ? a : b; }

@@ -10,31 +10,8 @@ struct Machine {
 };
 
 #if defined(FD_LOCKSTEP)
-struct OnDevice {
-  explicit OnDevice(int) {}
-  Error error = cudaSuccess;
-};
 inline Machine machine_of(int) { return {2, lockstep::kMostShared}; }
 #else
-// Makes a device current for a while.
-class OnDevice {
- public:
-  explicit OnDevice(int device) {
-    error = cudaGetDevice(&before_);
-    changed_ = error == cudaSuccess && before_ != device;
-    if (changed_) error = cudaSetDevice(device);
-  }
-  ~OnDevice() {
-    if (changed_) cudaSetDevice(before_);
-  }
-  OnDevice(const OnDevice&) = delete;
-  Error error;
-
- private:
-  int before_ = 0;
-  bool changed_ = false;
-};
-
 inline Machine machine_of(int device) {
   int major = 0, shared = 0;
   cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);

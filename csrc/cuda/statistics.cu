@@ -5,14 +5,6 @@ namespace fd {
 
 namespace {
 
-constexpr int32_t kBeyondFirst = kSecond | kSquares | kSum | kArgmax;
-
-template <typename T>
-int of_one_model(const Statistics& args, const Queue& queue) {
-  return args.wanted & kBeyondFirst ? launch_statistics<T, Moments::kAll, Nothing>(args, queue)
-                                    : launch_statistics<T, Moments::kFirst, Nothing>(args, queue);
-}
-
 template <typename T>
 FD_KERNEL void FD_BOUNDS(kMostThreads, 4) rank_kernel(const Rank args) {
   constexpr int kWide = kPack<T>;
@@ -39,8 +31,6 @@ FD_KERNEL void FD_BOUNDS(kMostThreads, 4) rank_kernel(const Rank args) {
 
 template <typename T>
 int launch_rank(const Rank& args, const Queue& queue) {
-  const OnDevice device(queue.device);
-  if (device.error != cudaSuccess) return device.error;
   const int threads = threads_for(ceil_div(args.tile.columns, kPack<T>));
   return launch(rank_kernel<T>, Launch{args.tile.rows, 1, threads, sizeof(Desk)}, queue, args);
 }
@@ -52,23 +42,17 @@ const char* error_text(int error) { return cudaGetErrorString(static_cast<cudaEr
 #endif
 
 int statistics(const Statistics& args, const Queue& queue) {
-  if (args.tile.columns > kMostColumns) return kNotHere;
   if (args.divergence >= 0) return statistics_with_divergence(args, queue);
   if (args.tile.teacher.data) return statistics_with_kl(args, queue);
-#define FD_CASE(number, T) \
-  if (args.tile.student.dtype == number) return of_one_model<T>(args, queue);
-  FD_DTYPES(FD_CASE)
-#undef FD_CASE
-  return kNotHere;
+  return by_dtype(args.tile, [&](auto kind) {
+    using T = decltype(kind);
+    return args.wanted & kBeyondFirst ? launch_statistics<T, Moments::kAll, Nothing>(args, queue)
+                                      : launch_statistics<T, Moments::kFirst, Nothing>(args, queue);
+  });
 }
 
 int rank(const Rank& args, const Queue& queue) {
-  if (args.tile.columns > kMostColumns) return kNotHere;
-#define FD_CASE(number, T) \
-  if (args.tile.student.dtype == number) return launch_rank<T>(args, queue);
-  FD_DTYPES(FD_CASE)
-#undef FD_CASE
-  return kNotHere;
+  return by_dtype(args.tile, [&](auto kind) { return launch_rank<decltype(kind)>(args, queue); });
 }
 
 }  // namespace fd

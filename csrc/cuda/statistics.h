@@ -149,9 +149,10 @@ FD_KERNEL void FD_BOUNDS(kMostThreads, (kBlocksAtOnce<T, kMoments, Term>))
       float t[kWide], u[kWide], few[Term::kSums] = {};
       x.template read<false>(x_raw, c, t);
       y.template read<false>(y_raw, c, u);
-      const Pair<kWide> pair(t, u, frame, it);
 #pragma unroll
-      for (int j = 0; j < kWide; ++j) Term::add(pair.d[j], pair.p[j], pair.q[j], args.given.parameter, few);
+      for (int j = 0; j < kWide; ++j)
+        Term::add(frame.log_ratio(t[j], u[j], it), exp(frame.log_p(t[j], it)), exp(frame.log_q(u[j], it)),
+                  args.given.parameter, few);
 #pragma unroll
       for (int j = 0; j < Term::kSums; ++j) sums[j].add(few[j]);
     }

@@ -22,12 +22,7 @@ int with_divergence(const Statistics& args, const Queue& queue) {
 
 int statistics_with_divergence(const Statistics& args, const Queue& queue) {
   if (args.wanted & ~kFirst) return kNotHere;  // other sums have no kernel beside a divergence
-  if (args.tile.student.dtype != args.tile.teacher.dtype) return with_divergence<Any>(args, queue);
-#define FD_CASE(number, T) \
-  if (args.tile.student.dtype == number) return with_divergence<T>(args, queue);
-  FD_DTYPES(FD_CASE)
-#undef FD_CASE
-  return kNotHere;
+  return by_dtypes(args.tile, [&](auto kind) { return with_divergence<decltype(kind)>(args, queue); });
 }
 
 }  // namespace fd

@@ -7,8 +7,7 @@ namespace {
 
 template <typename T>
 int of_two_models(const Statistics& args, const Queue& queue) {
-  if (args.wanted & (kSecond | kSquares | kSum | kArgmax))
-    return launch_statistics<T, Moments::kAll, Kl<true, true>>(args, queue);
+  if (args.wanted & kBeyondFirst) return launch_statistics<T, Moments::kAll, Kl<true, true>>(args, queue);
   switch (args.wanted & (kForward | kReverse)) {
     case kForward:
       return launch_statistics<T, Moments::kFirst, Kl<true, false>>(args, queue);
@@ -22,12 +21,7 @@ int of_two_models(const Statistics& args, const Queue& queue) {
 }  // namespace
 
 int statistics_with_kl(const Statistics& args, const Queue& queue) {
-  if (args.tile.student.dtype != args.tile.teacher.dtype) return of_two_models<Any>(args, queue);
-#define FD_CASE(number, T) \
-  if (args.tile.student.dtype == number) return of_two_models<T>(args, queue);
-  FD_DTYPES(FD_CASE)
-#undef FD_CASE
-  return kNotHere;
+  return by_dtypes(args.tile, [&](auto kind) { return of_two_models<decltype(kind)>(args, queue); });
 }
 
 }  // namespace fd

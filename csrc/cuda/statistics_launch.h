@@ -5,11 +5,11 @@
 
 namespace fd {
 
+constexpr int32_t kBeyondFirst = kSecond | kSquares | kSum | kArgmax;  // Moments::kAll has them
+
 template <typename T, Moments kMoments, typename Term>
 int launch_statistics(const Statistics& args, const Queue& queue) {
   constexpr bool kPair = Term::kSums > 0;
-  const OnDevice device(queue.device);
-  if (device.error != cudaSuccess) return device.error;
   const int64_t packs = ceil_div(args.tile.columns, kPack<T>);
   StatisticsLaunch call{args, static_cast<int>(packs), false};
   Launch shape{args.tile.rows, 1, threads_for(packs), sizeof(Desk)};

@@ -3,7 +3,6 @@
 #include "device.h"
 #include "elements.h"
 #include "launch_tokens.h"
-#include "machine.h"
 
 namespace fd {
 
@@ -25,8 +24,6 @@ inline Walk walk(int64_t count, int64_t most_blocks) {
 template <typename Args>
 int launch_blocks(void (*kernel)(Args), int64_t blocks, int64_t shared, const Queue& queue,
                   const Args& args) {
-  const OnDevice device(queue.device);
-  if (device.error != cudaSuccess) return device.error;
   return launch(kernel, Launch{blocks, 1, kThreads, shared}, queue, args);
 }
 

@@ -2,7 +2,6 @@
 #include "value_and_gradient.h"
 
 #include "kernels.h"
-#include "machine.h"
 
 namespace fd {
 
@@ -10,8 +9,6 @@ namespace {
 
 template <typename T>
 int launch_value_and_gradient(const ValueAndGradient& args, const Queue& queue) {
-  const OnDevice device(queue.device);
-  if (device.error != cudaSuccess) return device.error;
   const Machine machine = machine_of(queue.device);
   const int64_t packs = ceil_div(args.tile.columns, kPack<T>);
   const int64_t labels = static_cast<int64_t>(sizeof(float)) * args.tile.labels_per_row;
@@ -25,12 +22,8 @@ int launch_value_and_gradient(const ValueAndGradient& args, const Queue& queue) 
 }  // namespace
 
 int value_and_gradient(const ValueAndGradient& args, const Queue& queue) {
-  if (args.tile.columns > kMostColumns) return kNotHere;
-#define FD_CASE(number, T) \
-  if (args.tile.student.dtype == number) return launch_value_and_gradient<T>(args, queue);
-  FD_DTYPES(FD_CASE)
-#undef FD_CASE
-  return kNotHere;
+  return by_dtype(args.tile,
+                  [&](auto kind) { return launch_value_and_gradient<decltype(kind)>(args, queue); });
 }
 
 }  // namespace fd

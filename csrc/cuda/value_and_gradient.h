@@ -2,7 +2,7 @@
 // row stays in shared memory, so each logit is read once and each gradient written once, over the logits if
 // need be.
 #pragma once
-#include "sink.h"
+#include "labels.h"
 #include "statistics.h"
 
 namespace fd {
@@ -33,8 +33,12 @@ FD_KERNEL void FD_BOUNDS(kMostThreads, 2) value_and_gradient_kernel(const ValueA
   first_look<Moments::kFirst, false, 4>(x, x, slice, tile, row, it, kept, nullptr, given.label_logits);
 
   // dL/dz = p (c0 + c1 lp) + sum of gain ([v = label] - p), as in fastdiv/statistics.py.
-  const int64_t* labels = tile.labels + row * tile.labels_per_row;
-  const float* gains = given.of_log_prob + row * tile.labels_per_row;
+  const Labels labels{tile.labels + row * tile.labels_per_row,
+                      given.of_log_prob + row * tile.labels_per_row,
+                      tile.labels_per_row,
+                      tile.first_column + slice.begin,
+                      columns,
+                      reinterpret_cast<float*>(kept + args.packs)};
   if (thread() == 0) {
     const RowState& s = desk().state;
     const double entropy = log_sum(s.student) - s.first / total(s.student);
@@ -43,45 +47,34 @@ FD_KERNEL void FD_BOUNDS(kMostThreads, 2) value_and_gradient_kernel(const ValueA
     c[0] = of_logsumexp - (of_entropy == 0.0 ? 0.0 : of_entropy * entropy);
     c[1] = -of_entropy;
     c[2] = 0.0;
-    for (int64_t k = 0; k < tile.labels_per_row; ++k) c[2] += gains[k];
+    for (int64_t k = 0; k < labels.count; ++k) c[2] += labels.gains[k];
     desk().frame = frame_of(s, it);
   }
   sync();
   const double* c = desk().parts[kSecondLook];
   const float c0 = static_cast<float>(c[0]), c1 = static_cast<float>(c[1]),
               label_total = static_cast<float>(c[2]);
-  const float max = desk().frame.x_max, norm = desk().frame.x_norm;
+  const Frame frame = desk().frame;
   const auto slope = [&](float lp, float p, float gain) { return p * ((c0 - gain) + floored(lp) * c1); };
 
-  // At a label 1 - p = -expm1(log p) keeps its digits.  Formed while the logits are there, written last.
-  float* const exact = reinterpret_cast<float*>(kept + args.packs);
-  const auto place = [&](int64_t k) { return labels[k] - tile.first_column - slice.begin; };
-#pragma unroll 1
-  for (int64_t k = thread(); k < tile.labels_per_row; k += threads()) {
-    if (place(k) < 0 || place(k) >= columns) continue;
-    float same = 0.0f;
-    for (int64_t l = 0; l < tile.labels_per_row; ++l) same += labels[l] == labels[k] ? gains[l] : 0.0f;
-    const float t[1] = {x.at(static_cast<int>(place(k)))}, lp = (t[0] - max) * it - norm;
-    float g[1] = {slope(lp, exp(lp), label_total - same) - (same == 0.0f ? 0.0f : same * expm1f(lp))};
-    taken_back(x, it, t, g);
-    exact[k] = g[0];
-  }
-  if (tile.labels_per_row) sync();
+  labels.form(x, it, [&](int, float t, float same, float& g) {
+    const float lp = frame.log_p(t, it);
+    g = slope(lp, exp(lp), label_total - same);
+    return lp;
+  });
 #pragma unroll 1
   for (int column = thread() * kWide; column < columns; column += step) {
     float t[kWide], g[kWide];
     x.template read<false>(kept[column / kWide], column, t);
 #pragma unroll
     for (int j = 0; j < kWide; ++j) {
-      const float lp = (t[j] - max) * it - norm;
+      const float lp = frame.log_p(t[j], it);
       g[j] = slope(lp, exp(lp), label_total);
     }
     taken_back(x, it, t, g);
     dx.template store<false>(x, column, g);
   }
-  if (tile.labels_per_row) sync();
-  for (int64_t k = thread(); k < tile.labels_per_row; k += threads())
-    if (place(k) >= 0 && place(k) < columns) dx.put(static_cast<int>(place(k)), exact[k]);
+  labels.write(dx);
   if (cluster_size() > 1) cluster_sync();  // no block may go while another reads what it has
   if (cluster_rank() == 0 && thread() == 0) given.state[row] = desk().state;
 }
