@@ -17,7 +17,7 @@ from . import from_hidden, from_logits, import_time, memory, report
 from .common import FASTDIV, PLACES, Case, Disagreement, Place, Settings
 from .import_time import ImportCase
 
-WORKS = {"from_hidden": from_hidden, "from_logits": from_logits, "import_time": import_time}
+WORKS = {"from_logits": from_logits, "from_hidden": from_hidden, "import_time": import_time}
 RESULTS = Path(__file__).parent / "results"
 _EPILOG = """\
 The times of one case are taken in interleaved rounds.  "x floor" is the median of the ratios within a

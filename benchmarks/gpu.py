@@ -1,5 +1,6 @@
-"""`make gpu`: the tests and the benchmarks on a machine with a GPU, in less than ten minutes and whatever fails.
+"""`make gpu`: on a machine with a GPU a first look, the tests, the benchmarks and the sanitizer, in that order.
 
+All of it takes less than ten minutes, and a step that fails does not keep the next from running.
 Results are written under benchmarks/results, and also to the folder that the environment variable OUT names.
 """
 
@@ -37,8 +38,8 @@ NEEDED = ("hypothesis", "mpmath", "numpy")
 """Packages that some tests import."""
 BACKENDS = ("cuda", "triton")
 """What a GPU should have; the tests of one alone are in files called after it."""
-SECONDS, TEST_SECONDS, LAST_CASE = 450.0, 210.0, 60.0
-"""For all of it, for the tests at most, and for the benchmark that was begun last."""
+SECONDS, FIRST_SECONDS, TEST_SECONDS, LAST_CASE, SANITIZER_SECONDS = 570.0, 120.0, 210.0, 60.0, 150.0
+"""For all of it; for the first look, the tests, the benchmark that was begun last and the sanitizer at most."""
 _PATIENCE = 15.0  # seconds between the request to end and the end
 
 
@@ -56,8 +57,14 @@ def main() -> int:
     begin, clock = time.time(), time.monotonic()
     with TemporaryDirectory() as folder:
         log = Path(folder) / "tests.txt"
-        outcomes = {"tests": tests(log)}
-        outcomes["benchmarks"] = benchmarks(SECONDS - (time.monotonic() - clock))
+
+        def left() -> float:
+            return SECONDS - (time.monotonic() - clock)
+
+        outcomes = {"first look": first_look()}
+        outcomes["tests"] = tests(log)
+        outcomes["benchmarks"] = benchmarks(left() - SANITIZER_SECONDS)
+        outcomes["sanitizer"] = sanitizer(left())
         fresh = sorted(path for path in RESULTS.glob("*") if path.stat().st_mtime >= begin)
         if out := os.environ.get("OUT"):
             Path(out).mkdir(parents=True, exist_ok=True)
@@ -68,6 +75,21 @@ def main() -> int:
         print(f"gpu: {name}: {outcome or 'passed'}")
     print(f"gpu: {time.monotonic() - clock:.0f} s, results: {', '.join(path.name for path in fresh) or 'none'}")
     return 1 if any(outcomes.values()) else 0
+
+
+def first_look() -> str | None:
+    """Values of each kernel beside float64, the GPU's ceilings and one time of each kernel; None, or what is wrong."""
+    status = run([sys.executable, "-m", f"{__package__}.first_gpu", "--save"], FIRST_SECONDS, dict(os.environ))
+    return _ending(status, FIRST_SECONDS) if status != 0 else None
+
+
+def sanitizer(seconds: float) -> str | None:
+    """compute-sanitizer on each backend; None, or what is wrong."""
+    if importlib.util.find_spec("pytest") is None:
+        return "not run: pytest is needed"
+    command = [sys.executable, "-m", "pytest", "-q", "-rs", "--tb=short", "-p", "no:benchmark", "-p", "no:xdist"]
+    status = run([*command, "tests/test_sanitizer.py"], seconds, dict(os.environ))
+    return _ending(status, seconds) if status != 0 else None
 
 
 def tests(log: Path) -> str | None:
@@ -121,7 +143,7 @@ def benchmarks(seconds: float) -> str | None:
     begun = max(seconds - LAST_CASE, 0.0)
     status = run(
         [sys.executable, "-m", __package__, "--device", "cuda", "--save", "--seconds", f"{begun:.0f}"],
-        seconds,
+        max(seconds, 0.0),
         dict(os.environ),
     )
     return _ending(status, seconds) if status != 0 else None

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fastdiv import backends
-from fastdiv.planner import Plan, plan
+from fastdiv.planner import Plan, plan, row_stride
 from fastdiv.request import Request
 from fastdiv.sources import work_dtype
 from fastdiv.statistics import Sums, Tokens, empty_state, per_label, wanted
@@ -114,7 +114,7 @@ class Problem:
 
     def sides(self, tiles: Plan, needs: list[bool]) -> tuple[Side, Side | None]:
         """Student and teacher; `needs` says which of their tensors want a gradient."""
-        size = min(tiles.rows, self.rows) * tiles.columns
+        size = min(tiles.rows, self.rows) * row_stride(tiles.columns)
         one_visit = tiles.rows >= self.rows
 
         def side(tensors: list[Tensor], which: str, needs: list[bool]) -> Side:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from fastdiv.divergences import Divergence
+from fastdiv.planner import row_stride
 from fastdiv.request import Transform
 from fastdiv.statistics import Tokens
 
@@ -168,8 +169,9 @@ class Projected:
         self._needs = needs
 
     def _view(self, rows: slice, columns: slice) -> Tensor:
-        shape = (rows.stop - rows.start, columns.stop - columns.start)
-        return self._buffer[: shape[0] * shape[1]].view(shape)
+        height, width = rows.stop - rows.start, columns.stop - columns.start
+        stride = row_stride(width)
+        return self._buffer[: height * stride].view(height, stride)[:, :width]
 
     def _gradient(self, rows: slice, columns: slice) -> Tensor:
         tile = self._view(rows, columns)
@@ -217,7 +219,7 @@ class Projected:
         if self._operand == self._work:
             out.addmm_(a, b)
         else:
-            out.add_(torch.mm(a, b, out_dtype=self._work))
+            torch.addmm(out, a, b, out_dtype=self._work, out=out)
 
     def gradients(self) -> list[Tensor | None]:
         d_hidden = self._d_hidden
