@@ -14,12 +14,15 @@
 #if !defined(FD_ISA)
 #define FD_ISA base
 #define FD_TARGET
+// A chunk's sums are floats, one for each lane of a vector.  The base instruction set has few lanes and
+// rounds every product: a lane may add no more terms than this keeps within the tolerance rule.
+#define FD_CHUNK 256
 #endif
 
 namespace fd::FD_ISA {
 namespace {
 
-constexpr int64_t kChunk = 1024, kBlock = 512, kStrand = 128;
+constexpr int64_t kChunk = FD_CHUNK, kBlock = 512, kStrand = 128;
 
 struct BFloat16 {
   uint16_t bits;
