@@ -26,7 +26,7 @@ from setuptools.command.build_ext import build_ext
 sys.path.insert(0, str(Path(__file__).resolve().parent / "csrc/cuda"))
 import nvcc
 
-# No -march: the kernels carry clones for newer instruction sets, so one binary serves every machine.
+# No -march: csrc/rows_avx2.cpp and rows_avx512.cpp ask for newer instruction sets, so one binary serves every machine.
 # No -ffast-math: infinities and NaN have a meaning here.  The two -fno- flags change no value, and let
 # loops over exp and log vectorize.
 CXX_FLAGS = ["-std=c++17", "-fPIC", "-fvisibility=hidden", "-fopenmp"]

@@ -7,6 +7,7 @@
 #include <string>
 #include <vector>
 
+#include "isa.h"
 #include "pointwise.h"
 #include "rows.h"
 #if defined(FD_CUDA)
@@ -45,14 +46,6 @@ fd::Terms terms(const std::vector<int32_t>& divergences, const std::vector<float
   return {divergences.data(), parameters.data(), static_cast<int64_t>(divergences.size())};
 }
 
-std::string instruction_set() {
-#if defined(__x86_64__) && defined(__GNUC__)
-  if (__builtin_cpu_supports("x86-64-v4")) return "AVX-512";
-  if (__builtin_cpu_supports("x86-64-v3")) return "AVX2";
-#endif
-  return "base";
-}
-
 }  // namespace
 
 PYBIND11_MODULE(FD_MODULE, m) {
@@ -89,7 +82,7 @@ PYBIND11_MODULE(FD_MODULE, m) {
   m.def(
       "accumulate",
       [](const fd::Tile& tile, int32_t wanted, Address state, Address label_logits, int threads) {
-        for_each_row(fd::accumulate_row,
+        for_each_row(fd::isa().kernels.accumulate,
                      fd::Accumulate{tile, wanted, at<fd::RowState>(state), at<float>(label_logits)}, threads);
       },
       Release());
@@ -98,7 +91,7 @@ PYBIND11_MODULE(FD_MODULE, m) {
       "compare",
       [](const fd::Tile& tile, const std::vector<int32_t>& divergences, const std::vector<float>& parameters,
          Address state, Address label_logits, Address sums, Address rank, int threads) {
-        for_each_row(fd::compare_row,
+        for_each_row(fd::isa().kernels.compare,
                      fd::Compare{tile, terms(divergences, parameters), at<const fd::RowState>(state),
                                  at<const float>(label_logits), at<double>(sums), at<int64_t>(rank)},
                      threads);
@@ -111,7 +104,7 @@ PYBIND11_MODULE(FD_MODULE, m) {
          Address state, Address coefficients, Address label_gains, const fd::Target& student,
          const fd::Target& teacher, int threads) {
         for_each_row(
-            fd::gradient_row,
+            fd::isa().kernels.gradient,
             fd::Gradient{tile, terms(divergences, parameters), at<const fd::RowState>(state),
                          at<const float>(coefficients), at<const float>(label_gains), student, teacher},
             threads);
@@ -124,7 +117,13 @@ PYBIND11_MODULE(FD_MODULE, m) {
   bind_tokens(cuda);
 #endif
 
-  m.def("instruction_set", &instruction_set);
+  m.def("isa", [] { return fd::isa().name; });
+  m.def("isas", [] {
+    std::vector<std::string> names;
+    for (const fd::Isa& isa : fd::isas()) names.push_back(isa.name);
+    return names;
+  });
+  m.def("choose_isa", &fd::choose_isa);
   m.attr("state_fields") = sizeof(fd::RowState) / sizeof(double);
 #define FD_NAME(name) #name,
   m.attr("divergences") = std::vector<std::string>{FD_DIVERGENCES(FD_NAME)};

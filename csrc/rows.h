@@ -109,8 +109,20 @@ struct Gradient {
   Target student, teacher;              // may be the logits themselves, in the logits' dtype
 };
 
-void accumulate_row(const Accumulate& args, int64_t row);
-void compare_row(const Compare& args, int64_t row);
-void gradient_row(const Gradient& args, int64_t row);
+// The kernels, compiled for one instruction set.
+struct RowKernels {
+  void (*accumulate)(const Accumulate& args, int64_t row);
+  void (*compare)(const Compare& args, int64_t row);
+  void (*gradient)(const Gradient& args, int64_t row);
+};
+namespace base {
+extern const RowKernels kernels;
+}
+namespace avx2 {  // on x86-64
+extern const RowKernels kernels;
+}
+namespace avx512 {  // on x86-64
+extern const RowKernels kernels;
+}
 
 }  // namespace fd

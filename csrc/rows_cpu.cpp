@@ -1,22 +1,28 @@
 // Row kernels for CPUs.  A row is walked in chunks that stay in the first-level cache: float inside a chunk,
-// double between chunks.  Every loop vectorises; each entry point is compiled for AVX-512, AVX2 and the base
-// instruction set.
+// double between chunks.  Every loop vectorises.
+//
+// This file is compiled once for each instruction set: by itself for the base one, by rows_avx2.cpp and
+// rows_avx512.cpp for others.  FD_TARGET stands at the entry points alone and not among the compiler's flags.
+// What is inlined into them is compiled for their instruction set.  What is not, such as a function of std::
+// that the linker shares with other files, is compiled for the base one and runs on every machine.
 #include <algorithm>
 #include <vector>
 
 #include "pointwise.h"
 #include "row_state.h"
 
-#if defined(__x86_64__) && defined(__gnu_linux__) && !defined(__clang__)
-#define FD_CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
-#else
-#define FD_CLONES
+#if !defined(FD_ISA)
+#define FD_ISA base
+#define FD_TARGET
+// A chunk's sums are floats, one for each lane of a vector.  The base instruction set has few lanes and
+// rounds every product: a lane may add no more terms than this keeps within the tolerance rule.
+#define FD_CHUNK 256
 #endif
 
-namespace fd {
+namespace fd::FD_ISA {
 namespace {
 
-constexpr int64_t kChunk = 1024, kBlock = 512, kStrand = 128;
+constexpr int64_t kChunk = FD_CHUNK, kBlock = 512, kStrand = 128;
 
 struct BFloat16 {
   uint16_t bits;
@@ -326,7 +332,7 @@ FD_INLINE void store(const Logits& side, const float* g, const float* t, int64_t
 
 }  // namespace
 
-FD_CLONES void accumulate_row(const Accumulate& args, int64_t row) {
+FD_TARGET void accumulate_row(const Accumulate& args, int64_t row) {
   const Tile& tile = args.tile;
   const bool pair = tile.teacher.data != nullptr;
   const float it = tile.inverse_temperature[row];
@@ -409,7 +415,7 @@ FD_CLONES void accumulate_row(const Accumulate& args, int64_t row) {
   args.state[row] = s;
 }
 
-FD_CLONES void compare_row(const Compare& args, int64_t row) {
+FD_TARGET void compare_row(const Compare& args, int64_t row) {
   const Tile& tile = args.tile;
   const RowState& s = args.state[row];
   const float it = tile.inverse_temperature[row];
@@ -436,7 +442,7 @@ FD_CLONES void compare_row(const Compare& args, int64_t row) {
   }
 }
 
-FD_CLONES void gradient_row(const Gradient& args, int64_t row) {
+FD_TARGET void gradient_row(const Gradient& args, int64_t row) {
   const Tile& tile = args.tile;
   const RowState& s = args.state[row];
   const bool pair = args.terms.count > 0 || args.teacher.data;
@@ -496,4 +502,6 @@ FD_CLONES void gradient_row(const Gradient& args, int64_t row) {
   }
 }
 
-}  // namespace fd
+const RowKernels kernels{accumulate_row, compare_row, gradient_row};
+
+}  // namespace fd::FD_ISA

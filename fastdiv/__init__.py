@@ -49,7 +49,7 @@ def info() -> dict[str, object]:
         from fastdiv import _C
         from fastdiv.backends import cuda
 
-        native, built = _C.instruction_set(), cuda.architectures(_C)
+        native, built = _C.isa(), cuda.architectures(_C)
     return {
         "fastdiv": __version__,
         "python": sys.version.split()[0],

@@ -162,7 +162,10 @@ def _info(arguments: argparse.Namespace) -> int:
             source = f"arXiv {entry.arxiv}" if entry.arxiv else ""
             print(f"{entry.name:24} {entry.family:14} {entry.paper} {source}".rstrip())
         return 0
-    found = dict(fastdiv.info())
+    try:
+        found = dict(fastdiv.info())
+    except ValueError as error:  # FASTDIV_ISA
+        return _refuse("info", error)
     reasons: Any = found["backends"]  # None, or why a backend is absent
     found["backends"] = {name: f"absent: {reason}" if reason else "ready" for name, reason in reasons.items()}
     _show({key: value for key, value in found.items() if value is not None})

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import torch
 from torch import Tensor
 
@@ -13,6 +15,9 @@ from fastdiv.tiles import Rows, Terms, Tile
 
 if not fits(_C):
     raise ImportError("it was built from other sources than this Python code")
+# A ValueError, not an ImportError: a request that cannot be met is no absent backend.
+if _isa := os.environ.get("FASTDIV_ISA"):
+    _C.choose_isa(_isa)
 
 
 class Native(Backend):
