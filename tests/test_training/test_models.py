@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from fastdiv.training import checkpoint, models
+from fastdiv.training.run import Run
 
 gguf = pytest.importorskip("gguf")
 
@@ -57,7 +58,7 @@ def test_a_gguf_file_becomes_a_model_that_can_be_saved(tmp_path, monkeypatch):
     assert head.weight.data_ptr() == embedding.weight.data_ptr()
 
     optimizer = torch.optim.SGD(policy.model.parameters(), lr=1.0)
-    saved = checkpoint.save(tmp_path / "checkpoints", 1, policy, optimizer, {}, keep=1)
+    saved = checkpoint.save(tmp_path / "checkpoints", 1, policy, optimizer, {}, Run(), keep=1)
     assert "quantization_config" not in json.loads((saved / "config.json").read_text())
     monkeypatch.undo()
     again = models.load_policy(str(saved), device="cpu")

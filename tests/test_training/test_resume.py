@@ -100,9 +100,9 @@ def test_a_failed_save_leaves_the_last_checkpoint_alone(tmp_path, monkeypatch):
 
     with monkeypatch.context() as patch, pytest.raises(OSError, match="no space left"):
         patch.setattr(checkpoint.torch, "save", full_disk)
-        checkpoint.save(folder, 3, trainer.policy, trainer.optimizer, {}, keep=1)
+        checkpoint.save(folder, 3, trainer.policy, trainer.optimizer, {}, trainer.identity, keep=1)
     assert checkpoint.latest(folder).name == "step-000002"
-    checkpoint.save(folder, 3, trainer.policy, trainer.optimizer, {}, keep=1)
+    checkpoint.save(folder, 3, trainer.policy, trainer.optimizer, {}, trainer.identity, keep=1)
     assert os.listdir(folder) == ["step-000003"]
 
 

@@ -4,8 +4,9 @@ import pytest
 import torch
 
 import fastdiv
+from fastdiv.training.checks import check_head
 from fastdiv.training.config import UserError
-from fastdiv.training.models import check_head, load_policy
+from fastdiv.training.models import load_policy
 from fastdiv.training.rollout import sample
 
 PROMPTS = ["ab", "a much longer prompt", "x y"]
@@ -17,8 +18,8 @@ def policy():
 
 
 def rollout_of(policy, seed=0, tokens=12):
-    generator = torch.Generator().manual_seed(seed)
-    return sample(policy, PROMPTS, group_size=2, max_new_tokens=tokens, temperature=0.7, generator=generator)
+    prompts = policy.tokenizer(PROMPTS)["input_ids"]
+    return sample(policy, prompts, group_size=2, max_new_tokens=tokens, temperature=0.7, seed=seed)
 
 
 def full_log_probs(policy, ids):
