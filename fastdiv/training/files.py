@@ -1,15 +1,18 @@
-"""Problems out of a file: json and jsonl by Python's own reader, csv and parquet through ``datasets``.
+"""Problems out of a file: json, jsonl and csv by Python's own readers, parquet through ``datasets``.
 
-Python's reader keeps every value as the file says it. The one of ``datasets`` makes 7 of the text "007", a time of the
-text "2020-01-01", and other digits of an integer above 2^64.
+Python's readers keep every value as the file says it. Those of ``datasets`` 5.2 make 7 of the text "007", a time of the
+text "2020-01-01", other digits of an integer above 2^64, and drop what a line of csv has beyond its header.
 """
 
 from __future__ import annotations
 
+import csv
+import glob
 import hashlib
+import io
 import json
 import math
-import warnings
+import tempfile
 from collections.abc import Iterator
 from decimal import Decimal, InvalidOperation
 from pathlib import Path
@@ -46,10 +49,10 @@ class FileTask:
         self.fingerprint = hashlib.sha256(data).hexdigest()
         suffix = path.suffix.lower()
         if suffix == ".parquet":
-            rows = _through_datasets(path, "parquet", columns=_COLUMNS)
+            rows = _parquet(path)
         else:
             text = _decode(path, data)
-            rows = _csv(path) if suffix == ".csv" else _json(path, text, whole=suffix == ".json")
+            rows = _csv(path, text) if suffix == ".csv" else _json(path, text, whole=suffix == ".json")
         self._problems = [_problem(where, row) for where, row in rows]
         if not self._problems:
             raise UserError(f"data.task: {path} holds no problem")
@@ -107,32 +110,36 @@ def _loads(text: str) -> Any:
         raise ValueError("nested too deeply") from error
 
 
-def _csv(path: Path) -> Iterator[tuple[str, Any]]:
-    """Every value is a text: pandas would make numbers, times and missing values of some."""
-    features = dict.fromkeys(_COLUMNS, "string")
-    options = {"features": features, "usecols": _COLUMNS, "keep_default_na": False, "index_col": False}
-    return _through_datasets(path, "csv", **options)
+def _csv(path: Path, text: str) -> Iterator[tuple[str, Any]]:
+    """Where each row ends, and the row; every value is a text."""
+    limit = csv.field_size_limit(len(text) + 1)
+    reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
+    try:
+        for row in reader:
+            where = f"{path}:{reader.line_num}"
+            if None in row or None in row.values():
+                raise UserError(f"data.task: {where}: the row has more or fewer values than the header has names")
+            yield where, row
+    except csv.Error as error:
+        raise UserError(f"data.task: {path}:{reader.line_num}: not CSV ({error})") from error
+    finally:
+        csv.field_size_limit(limit)
 
 
-def _through_datasets(path: Path, kind: str, **options: Any) -> Iterator[tuple[str, Any]]:
+def _parquet(path: Path) -> Iterator[tuple[str, Any]]:
     try:
         import datasets
     except ImportError as error:
         raise UserError(f"data.task: {path} needs datasets ({error}): pip install 'fastdiv[train]'") from error
-    if "features" in options:
-        options["features"] = datasets.Features({k: datasets.Value(v) for k, v in options["features"].items()})
     verbosity = datasets.logging.get_verbosity()
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # it says an error before it raises it
+    options = {"data_files": glob.escape(str(path)), "split": "train", "columns": _COLUMNS}
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error")  # pandas only warns of a row that is longer than the header
-            # Streaming writes no copy of the data to a cache.
-            rows = list(datasets.load_dataset(kind, data_files=str(path), split="train", streaming=True, **options))
-    except Exception as error:  # pyarrow's, pandas' and datasets' have no common class
-        reason = " ".join(str(error).split())
-        raise UserError(
-            f"data.task: {path}: cannot be read as {kind} with columns prompt and answer ({reason})"
-        ) from error
+        with tempfile.TemporaryDirectory() as cache:  # streaming copies no data, yet locks a file there
+            rows = list(datasets.load_dataset("parquet", streaming=True, cache_dir=cache, **options))
+    except Exception as error:  # pyarrow's and datasets' have no common class
+        expected = "parquet with columns prompt and answer"
+        raise UserError(f"data.task: {path}: cannot be read as {expected} ({' '.join(str(error).split())})") from error
     finally:
         datasets.logging.set_verbosity(verbosity)
     yield from ((f"{path}, row {number}", row) for number, row in enumerate(rows, 1))
@@ -144,7 +151,7 @@ def _problem(where: str, row: Any) -> Problem:
     answer = row["answer"]
     number = isinstance(answer, int | float | Decimal) and math.isfinite(answer)
     # To Python a bool is an int.
-    if isinstance(answer, bool) or not number and not isinstance(answer, str):
+    if isinstance(answer, bool) or (not number and not isinstance(answer, str)):
         raise UserError(f"data.task: {where}: answer must be a text or a number, got {_short(answer)}")
     problem = Problem(_prompt(where, row["prompt"]), str(answer), row, where)
     _check_text(where, "answer", problem.answer)
