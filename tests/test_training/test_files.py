@@ -128,6 +128,7 @@ def test_a_bad_row_is_named_by_its_line(tmp_path, row, words):
         load(path)
 
 
+@pytest.mark.filterwarnings("ignore:Cannot locate reference")  # dill's, of a class of pyarrow
 def test_parquet_that_datasets_wrote_keeps_its_types(tmp_path):
     datasets = pytest.importorskip("datasets")
     path = tmp_path / "d.parquet"
