@@ -100,7 +100,9 @@ def _save_batch(trainer: Any, path: Path) -> None:
     settings, policy = trainer.config.rollout, trainer.policy
     collected = [trainer.collect(trainer.step + i) for i in range(_BATCH)]
     parts = []
-    olds = [trainer.statistics(r, slice(0, len(r.ids)), ("log_prob",), Meter(policy.device)) for _, r in collected]
+    olds = [
+        trainer.passes.statistics(r, slice(0, len(r.ids)), ("log_prob",), Meter(policy.device)) for _, r in collected
+    ]
     with torch.enable_grad():
         trainer.train_step()
     for (problems, rollout), old in zip(collected, olds, strict=True):

@@ -12,14 +12,13 @@ import dataclasses
 import json
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-import fastdiv
 from fastdiv import objectives
 from fastdiv.training import checkpoint, report
 from fastdiv.training.checks import check_backend, check_length, check_output, check_weights
@@ -28,11 +27,10 @@ from fastdiv.training.data import Sampler, encode_prompt, load_task
 from fastdiv.training.meter import Meter
 from fastdiv.training.models import Policy, load_policy
 from fastdiv.training.objective import WindowLoss
+from fastdiv.training.passes import Passes
 from fastdiv.training.problems import Problem, Task
 from fastdiv.training.rollout import Rollout, sample
 from fastdiv.training.run import Run, holds_run, remove_run
-
-Stats = dict[str, Tensor]
 
 
 class Trainer:
@@ -70,6 +68,7 @@ class Trainer:
         check_backend(self.policy, config, self.measured)
         self._check_prompts()
         self.reference = _frozen(self.policy) if config.loss.reference else None
+        self.passes = Passes(config, self.policy, self.reference)
         settings = config.optimizer
         self.optimizer = torch.optim.AdamW(
             self.policy.model.parameters(),
@@ -87,6 +86,7 @@ class Trainer:
 
         if self._replace and not self.config.resume:
             remove_run(self.output)
+            self._replace = False
         self.output.mkdir(parents=True, exist_ok=True)
         self.identity.write(self.output)
         report.write_config(self.config, self.output / "config.yaml")
@@ -173,7 +173,7 @@ class Trainer:
         answers = len(mask)
         groups = torch.arange(answers) // self.config.rollout.group_size
         advantage = getattr(objectives.advantages, self.config.loss.advantage)(rewards, groups)
-        old = self.statistics(rollout, slice(0, answers), self.measured, meter)
+        old = self.passes.statistics(rollout, slice(0, answers), self.measured, meter)
         advantages = advantage.to(old["log_prob"])[:, None].expand_as(mask)
         mean = objectives.aggregate.token_mean
         metrics = {"entropy": mean(old["entropy"], mask).item()}
@@ -183,15 +183,16 @@ class Trainer:
         for part in range(settings.updates):
             rows = slice(part * share, (part + 1) * share)
             # Fresh samples: until the first update the current policy is the old one.
-            fresh = part == 0
-            current = _take(old, rows) if fresh else self.statistics(rollout, rows, self.loss.outputs, meter)
+            current = {name: values[rows] for name, values in old.items()}
+            if part > 0:
+                current = self.passes.statistics(rollout, rows, self.loss.outputs, meter)
             update = self.step * settings.updates + part
             with meter:
                 loss, of_loss, weights = self.loss(
                     current, old["log_prob"][rows], advantages[rows], mask[rows], update=update
                 )
             self.optimizer.zero_grad()
-            self._backward(rollout, rows, weights, meter)
+            self.passes.backward(rollout, rows, weights, meter)
             for group in self.optimizer.param_groups:
                 group["lr"] = settings.lr * min(1.0, (update + 1) / max(1, settings.warmup))
             parameters = self.policy.model.parameters()
@@ -210,62 +211,6 @@ class Trainer:
     def measured(self) -> tuple[str, ...]:
         """Statistics of the policy that sampled."""
         return ("log_prob", "entropy") + (("reverse_kl",) if self.config.loss.reference else ())
-
-    @torch.no_grad()
-    def statistics(self, rollout: Rollout, rows: slice, outputs: tuple[str, ...], meter: Meter) -> Stats:
-        """Phase one: each output for the answers ``rows``, [rows, response]; the meter counts what it takes."""
-        parts = []
-        for micro in self._micro_batches(rows):
-            hidden, teacher = rollout.hidden(self.policy, micro), self._teacher(rollout, micro, outputs)
-            with meter:
-                stats = fastdiv.token_stats(
-                    self.policy.head(hidden),
-                    rollout.labels[micro],
-                    teacher=teacher,
-                    outputs=outputs,
-                    temperature=self.config.rollout.temperature,
-                    mask=rollout.response_mask[micro],
-                    backend=self.config.backend,
-                )
-            parts.append([stats[name] for name in outputs])
-        return {name: torch.cat(columns) for name, columns in zip(outputs, zip(*parts, strict=True), strict=True)}
-
-    def _backward(self, rollout: Rollout, rows: slice, weights: Stats, meter: Meter) -> None:
-        """Phase three: gradients of the sum of weights times statistics, micro-batch by micro-batch."""
-        outputs = tuple(weights)
-        for micro in self._micro_batches(rows):
-            inside = slice(micro.start - rows.start, micro.stop - rows.start)
-            flat = {name: weight[inside].flatten() for name, weight in weights.items()}
-
-            def weighted(stats: Any, tokens: Tensor, flat: Stats = flat) -> Tensor:
-                return torch.stack([flat[name][tokens] * stats[name] for name in flat]).sum(0)
-
-            hidden, teacher = rollout.hidden(self.policy, micro), self._teacher(rollout, micro, outputs)
-            # Cut off from the backbone, so that the loss section ends with the gradient of the hidden states.
-            leaf = hidden.detach().requires_grad_()
-            with meter:
-                loss = fastdiv.linear_loss(
-                    self.policy.head(leaf),
-                    rollout.labels[micro],
-                    weighted,
-                    teacher=teacher,
-                    outputs=outputs,
-                    temperature=self.config.rollout.temperature,
-                    mask=rollout.response_mask[micro],
-                    backend=self.config.backend,
-                )
-                loss.backward()
-            hidden.backward(leaf.grad)
-
-    @torch.no_grad()
-    def _teacher(self, rollout: Rollout, rows: slice, outputs: tuple[str, ...]) -> fastdiv.LinearLogits | None:
-        if self.reference is None or "reverse_kl" not in outputs:
-            return None
-        return self.reference.head(rollout.hidden(self.reference, rows))
-
-    def _micro_batches(self, rows: slice) -> Iterator[slice]:
-        for start in range(rows.start, rows.stop, self.config.optimizer.micro_batch):
-            yield slice(start, min(start + self.config.optimizer.micro_batch, rows.stop))
 
     def _check_prompts(self) -> None:
         """Every prompt of a file that the run will see, the first step's of a task that makes its problems."""
@@ -304,10 +249,6 @@ class Trainer:
 def train(config: TrainConfig, *, task: Task | None = None) -> list[dict[str, Any]]:
     """Trains as ``config`` says, on ``task`` where given, and returns the metrics of every step."""
     return Trainer(config, task=task).run()
-
-
-def _take(stats: Stats, rows: slice) -> Stats:
-    return {name: values[rows] for name, values in stats.items()}
 
 
 def _frozen(policy: Policy) -> Policy:

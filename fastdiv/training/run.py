@@ -45,8 +45,9 @@ class Run:
 
 
 def holds_run(output: Path) -> bool:
-    """Whether ``output`` has metrics or checkpoints of a run."""
-    return (output / "metrics.jsonl").exists() or any((output / "checkpoints").glob("step-*"))
+    """Whether ``output`` has metrics or checkpoints of a run; one that stopped in its first step has none."""
+    metrics = output / "metrics.jsonl"
+    return (metrics.exists() and metrics.stat().st_size > 0) or any((output / "checkpoints").glob("step-*"))
 
 
 def remove_run(output: Path) -> None:

@@ -183,3 +183,16 @@ def test_a_full_disk_is_one_line(capfd, tmp_path, monkeypatch):
     assert "No space left on device" in refusal(capfd, *given)
     monkeypatch.undo()
     assert main(["train", *given]) == 0
+
+
+def test_a_run_that_stops_in_its_first_step_can_be_started_anew(tmp_path, monkeypatch):
+    given = ["train", "--model=tiny", *SMALL, f"--output={tmp_path / 'run'}", sums(tmp_path)]
+
+    def full(*args, **kwargs):
+        raise torch.OutOfMemoryError("too many answers at once")
+
+    with monkeypatch.context() as patch, pytest.raises(torch.OutOfMemoryError):
+        patch.setattr(Trainer, "update", full)
+        main(given)
+    assert main([*given, "--optimizer.micro_batch=1"]) == 0
+    assert len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) == 1
