@@ -46,8 +46,11 @@ def check_head(policy: Policy) -> None:
     if not _same(own, ours, eps):
         raise UserError(f"{kind} transforms its logits as fastdiv.LinearLogits cannot")
     mask = torch.tensor([[0, 0, 1, 1, 1, 1]], device=policy.device)
-    padded = policy.head(policy.hidden(torch.nn.functional.pad(ids, (2, 0)), mask, last=4)).materialize().double()
-    if not _same(own, padded, eps):
+    ids = torch.nn.functional.pad(ids, (2, 0))
+    padded = policy.head(policy.hidden(ids, mask, last=4)).materialize().double()
+    sampled = policy.generate(ids, mask, max_new_tokens=1, output_logits=True, return_dict_in_generate=True)
+    eps_sampled = max(eps, torch.finfo(torch.float32).eps)  # generate hands out float32
+    if not (_same(own, padded, eps) and _same(own[:, -1], sampled.logits[0].double(), eps_sampled)):
         raise UserError(f"{kind} reads padding as text, so that prompts of different length cannot be batched")
 
 

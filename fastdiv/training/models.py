@@ -69,6 +69,25 @@ class Policy:
         hidden: Tensor = out.last_hidden_state
         return hidden if last is None else hidden[:, -last:]
 
+    @torch.no_grad()
+    def generate(self, ids: Tensor, attention_mask: Tensor, **settings: Any) -> Any:
+        """What ``model.generate`` gives with these settings and none of the model's own.
+
+        Arguments:
+            ids: int64 [batch, tokens].
+            attention_mask: int64 [batch, tokens], 0 at padding on the left.
+            settings: of a ``GenerationConfig``; where an answer ends and with what it is padded is known here.
+        """
+        from transformers import GenerationConfig
+
+        ends = {"eos_token_id": self.stop_ids.tolist() or None, "pad_token_id": self.tokenizer.pad_token_id}
+        only, own = GenerationConfig(**settings, **ends), self.model.generation_config
+        self.model.generation_config = only  # generate fills up from it what a configuration leaves open
+        try:
+            return self.model.generate(input_ids=ids, attention_mask=attention_mask, generation_config=only)
+        finally:
+            self.model.generation_config = own
+
     def head(self, hidden: Tensor) -> fastdiv.LinearLogits:
         """The logits of ``hidden`` as a fastdiv source: they exist only tile by tile."""
         output, config = self.model.get_output_embeddings(), self.model.config.get_text_config()

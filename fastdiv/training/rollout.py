@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -57,8 +56,8 @@ def sample(
 ) -> Rollout:
     """Samples ``group_size`` answers to each prompt from the untruncated distribution at ``temperature``.
 
-    ``model.generate`` does it, with the settings given here alone: what the model's own generation configuration asks
-    for (truncation, penalties) would sample from another distribution than the one that is trained.
+    ``model.generate`` does it, without the truncation and the penalties that the model's own generation configuration
+    may ask for: the distribution sampled is the one that is trained.
 
     Arguments:
         policy: the model that answers.
@@ -71,23 +70,20 @@ def sample(
     Returns:
         A :class:`Rollout`, as wide as its longest answer.
     """
-    from transformers import GenerationConfig
-
     encoded = policy.tokenizer.pad({"input_ids": [list(p) for p in prompts]}, padding=True, return_tensors="pt")
     ids, mask = encoded["input_ids"].to(policy.device), encoded["attention_mask"].to(policy.device)
     stops, pad = policy.stop_ids, policy.tokenizer.pad_token_id
-    settings = GenerationConfig(
-        do_sample=True,
-        temperature=temperature,
-        top_k=0,
-        top_p=1.0,
-        num_return_sequences=group_size,
-        max_new_tokens=max_new_tokens,
-        eos_token_id=stops.tolist() or None,
-        pad_token_id=pad,
-    )
-    with _seeded(policy.device, seed), _generating(policy.model, settings):
-        ids = policy.model.generate(input_ids=ids, attention_mask=mask, generation_config=settings)
+    with _seeded(policy.device, seed):
+        ids = policy.generate(
+            ids,
+            mask,
+            do_sample=True,
+            temperature=temperature,
+            top_k=0,
+            top_p=1.0,
+            num_return_sequences=group_size,
+            max_new_tokens=max_new_tokens,
+        )
     answers = ids[:, mask.shape[1] :]
     ended = torch.isin(answers, stops).int()
     response = ended.cumsum(1) - ended == 0
@@ -113,14 +109,3 @@ def _seeded(device: torch.device, seed: int) -> Iterator[None]:
             with module.device(device):
                 module.manual_seed(seed)
         yield
-
-
-@contextmanager
-def _generating(model: Any, settings: Any) -> Iterator[None]:
-    """``generate`` fills up what a configuration leaves open from the model's own: for now that is ``settings``."""
-    own = model.generation_config
-    model.generation_config = settings
-    try:
-        yield
-    finally:
-        model.generation_config = own

@@ -17,7 +17,7 @@ HIDDEN, WIDE, LAYERS, HEADS = 32, 64, 2, 4
 
 
 def write_gguf(path):
-    words = ["<eos>", *(chr(c) for c in range(33, 127)), "Ġ", "ab"]
+    words = ["<eos>", *(chr(c) for c in range(33, 127)), "Ġ", "ab", "Ġa"]
     writer = gguf.GGUFWriter(path, "llama")
     writer.add_block_count(LAYERS)
     writer.add_context_length(64)
@@ -31,7 +31,7 @@ def write_gguf(path):
     writer.add_tokenizer_model("gpt2")
     writer.add_token_list(words)
     writer.add_token_types([3] + [1] * (len(words) - 1))
-    writer.add_token_merges(["a b"])
+    writer.add_token_merges(["a b", "Ġ a"])
     for add in (writer.add_bos_token_id, writer.add_eos_token_id, writer.add_unk_token_id, writer.add_pad_token_id):
         add(0)
     shapes = {"token_embd": (len(words), HIDDEN), "output_norm": (HIDDEN,)}

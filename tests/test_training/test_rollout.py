@@ -139,7 +139,11 @@ def test_a_model_without_a_cache_is_sampled_and_trained_alike(tmp_path):
         torch.manual_seed(0)
         transformers.OpenAIGPTLMHeadModel(config).save_pretrained(tmp_path / "gpt1")
     tokenizer.save_pretrained(tmp_path / "gpt1")
-    policy = load_policy(str(tmp_path / "gpt1"), dtype="float64", device="cpu")
+    try:
+        policy = load_policy(str(tmp_path / "gpt1"), dtype="float64", device="cpu")
+    except UserError as refused:  # 5.0 generates with this model's padding as text: that is noticed
+        assert "reads padding as text" in str(refused) and transformers.__version__.startswith("5.0.")
+        return
     assert policy.positions == 64
     test_tokens_are_drawn_from_the_distribution_that_is_trained(policy)
     test_log_probs_of_the_answers_are_those_of_the_unpadded_sequences(policy)
