@@ -59,7 +59,7 @@ def _train(arguments: list[str]) -> int:
         from fastdiv.training.loop import train
 
         records = train(config)
-    except UserError as error:
+    except (UserError, OSError) as error:  # of the system: a full disk, a folder that vanished
         return _refuse("train", error)
     except KeyboardInterrupt:
         print(

@@ -1,4 +1,4 @@
-"""Checkpoints that are whole or absent, and from which a run goes on as if it had never stopped."""
+"""Checkpoints that are whole or absent, that know their run, and from which it goes on as if it had never stopped."""
 
 from __future__ import annotations
 
@@ -11,7 +11,9 @@ from typing import Any
 
 import torch
 
-from .models import Policy, without_bars
+from fastdiv.training.config import UserError
+from fastdiv.training.models import Policy, without_bars
+from fastdiv.training.run import Run
 
 _NAME = re.compile(r"step-(\d{6,})")
 
@@ -22,6 +24,7 @@ def save(
     policy: Policy,
     optimizer: torch.optim.Optimizer,
     config: dict[str, Any],
+    run: Run,
     *,
     keep: int,
 ) -> Path:
@@ -36,7 +39,8 @@ def save(
         policy: model and tokenizer.
         optimizer: its state goes along.
         config: dotted names and values of the run, compared at resume.
-        keep: older checkpoints beyond this many are deleted.
+        run: whose checkpoint this is.
+        keep: older checkpoints of this run beyond this many are deleted; those of other runs stay.
 
     Returns:
         The directory written.
@@ -50,26 +54,49 @@ def save(
         policy.tokenizer.save_pretrained(temporary)
     state = {"step": step, "optimizer": optimizer.state_dict(), "config": config, "rng": _rng_state()}
     torch.save(state, temporary / "state.pt")
+    run.write(temporary)
     for path in [*temporary.rglob("*"), temporary]:
         _sync(path)
     if final.exists():
+        check_run(final, run)
         shutil.rmtree(final)
     temporary.rename(final)
     _sync(folder)
-    for old in _all(folder)[:-keep]:
+    for old in [path for path in found(folder) if Run.read(path).id == run.id][:-keep]:
         shutil.rmtree(old)
     return final
 
 
+def found(folder: Path) -> list[Path]:
+    """The complete checkpoints in ``folder``, of any run, by their steps."""
+    if not folder.is_dir():
+        return []
+    return sorted((p for p in folder.iterdir() if _NAME.fullmatch(p.name)), key=lambda p: int(p.name[5:]))
+
+
 def latest(folder: Path) -> Path | None:
     """The newest complete checkpoint, or None."""
-    found = _all(folder)
-    return found[-1] if found else None
+    return found(folder)[-1] if found(folder) else None
+
+
+def check_run(checkpoint: Path, run: Run) -> None:
+    """Raises :class:`UserError` unless ``checkpoint`` is of ``run`` and of the same data."""
+    saved = Run.read(checkpoint)
+    if saved.id != run.id:
+        raise UserError(f"output: {checkpoint} is of another run ({saved.id or 'unknown'}, this one is {run.id})")
+    if saved.data != run.data:
+        raise UserError("--resume: the file of data.task has changed since the run began")
 
 
 def read_state(checkpoint: Path) -> dict[str, Any]:
     """``state.pt`` of a checkpoint: step, optimizer, config, rng."""
-    state: dict[str, Any] = torch.load(checkpoint / "state.pt", map_location="cpu", weights_only=True)
+    path = checkpoint / "state.pt"
+    try:
+        state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+        if not state.keys() >= {"step", "optimizer", "config", "rng"}:
+            raise ValueError("entries are missing")
+    except Exception as error:  # of a damaged file torch and pickle raise many classes
+        raise _damaged(path, error) from error
     return state
 
 
@@ -77,15 +104,21 @@ def restore(checkpoint: Path, state: dict[str, Any], policy: Policy, optimizer: 
     """Puts weights, optimiser and random generators back, bit for bit."""
     from safetensors.torch import load_model
 
-    load_model(policy.model, checkpoint / "model.safetensors", device=str(policy.device))
-    optimizer.load_state_dict(state["optimizer"])
-    _set_rng_state(state["rng"])
+    path = checkpoint / "model.safetensors"
+    try:
+        load_model(policy.model, path, device=str(policy.device))
+    except Exception as error:
+        raise _damaged(path, error) from error
+    try:
+        optimizer.load_state_dict(state["optimizer"])
+        _set_rng_state(state["rng"])
+    except Exception as error:
+        raise _damaged(checkpoint / "state.pt", error) from error
 
 
-def _all(folder: Path) -> list[Path]:
-    if not folder.is_dir():
-        return []
-    return sorted((p for p in folder.iterdir() if _NAME.fullmatch(p.name)), key=lambda p: int(p.name[5:]))
+def _damaged(path: Path, error: Exception) -> UserError:
+    reason = "it is missing" if not path.exists() else (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return UserError(f"--resume: {path} cannot be read: {reason}; without {path.parent} an earlier checkpoint is taken")
 
 
 def _rng_state() -> dict[str, Any]:

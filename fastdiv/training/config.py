@@ -18,17 +18,27 @@ def check(condition: bool, name: str, expectation: str, came: object) -> None:
         raise UserError(f"{name} must be {expectation}, got {came!r}")
 
 
+def _check_text(name: str, text: str | None) -> None:
+    """Names become paths, and all of them are written down as UTF-8."""
+    try:
+        valid = b"\0" not in (text or "").encode()
+    except UnicodeEncodeError:
+        valid = False
+    check(valid, name, "a text in UTF-8 without NUL", text)
+
+
 @dataclass(frozen=True)
 class DataConfig:
     """Where problems come from and how they are put to the model.
 
     Arguments:
-        task: a reasoning-gym task by name (``fastdiv info --tasks`` lists them), or the path of a ``.jsonl``
-            file whose lines hold ``prompt`` and ``answer``.
+        task: a reasoning-gym task by name (``fastdiv info --tasks`` lists them), or the path of a ``.json``,
+            ``.jsonl``, ``.csv`` or ``.parquet`` file with ``prompt`` (a text, or a list of chat messages with
+            ``role`` and ``content``) and ``answer``.
         options: keyword arguments of the reasoning-gym task, such as ``max_digits``.
         size: how many different problems a reasoning-gym task makes before they repeat.
         template: text with ``{question}`` in it.
-        chat: wrap the prompt in the tokenizer's chat template.
+        chat: wrap a prompt that is a text in the tokenizer's chat template; chat messages always are.
         system: system message of the chat; ``null`` leaves the template's own.
     """
 
@@ -40,6 +50,8 @@ class DataConfig:
     system: str | None = None
 
     def __post_init__(self) -> None:
+        for name in ("task", "template", "system"):
+            _check_text(f"data.{name}", getattr(self, name))
         check(self.size > 0, "data.size", "positive", self.size)
         check("{question}" in self.template, "data.template", "a text that contains {question}", self.template)
         check(self.chat or self.system is None, "data.system", "null unless data.chat is true", self.system)
@@ -180,6 +192,8 @@ class TrainConfig:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
 
     def __post_init__(self) -> None:
+        for name in ("model", "output"):
+            _check_text(name, getattr(self, name))
         check(bool(self.model), "model", "a name or a path", self.model)
         check(bool(self.output), "output", "a directory", self.output)
         check(self.steps > 0, "steps", "positive", self.steps)

@@ -3,40 +3,14 @@
 from __future__ import annotations
 
 import difflib
-import json
 import random
 from collections.abc import Mapping
-from dataclasses import dataclass
-from decimal import Decimal, InvalidOperation
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
-from .config import DataConfig, UserError
-
-
-@dataclass(frozen=True)
-class Problem:
-    """One question, its answer, and the entry that the task's own score function wants."""
-
-    question: str
-    answer: str
-    entry: Mapping[str, Any]
-
-
-class Task(Protocol):
-    """What the trainer asks of its data; pass your own to ``Trainer(config, task=...)``."""
-
-    def __len__(self) -> int:
-        """Number of different problems."""
-        ...
-
-    def problem(self, index: int) -> Problem:
-        """Problem ``index``, the same at every call."""
-        ...
-
-    def reward(self, completion: str, problem: Problem) -> float:
-        """Reward of an answer's text, in [0, 1]."""
-        ...
+from fastdiv.training.config import DataConfig, UserError
+from fastdiv.training.files import SUFFIXES, FileTask
+from fastdiv.training.problems import Problem, Task
 
 
 class ReasoningGymTask:
@@ -64,34 +38,6 @@ class ReasoningGymTask:
 
     def reward(self, completion: str, problem: Problem) -> float:
         return float(self._dataset.score_answer(completion.strip(), entry=dict(problem.entry)))
-
-
-class JsonlTask:
-    """Lines of ``{"prompt": ..., "answer": ...}``; reward 1 for the same text or decimal number, else 0."""
-
-    def __init__(self, path: Path) -> None:
-        try:
-            lines = path.read_text(encoding="utf-8").splitlines()
-        except OSError as error:
-            raise UserError(f"data.task: cannot read {path}: {error.strerror}") from error
-        self._problems = [_parse(path, number, line) for number, line in enumerate(lines, 1) if line.strip()]
-        if not self._problems:
-            raise UserError(f"data.task: {path} holds no problem")
-
-    def __len__(self) -> int:
-        return len(self._problems)
-
-    def problem(self, index: int) -> Problem:
-        return self._problems[index]
-
-    def reward(self, completion: str, problem: Problem) -> float:
-        given, wanted = completion.strip(), problem.answer.strip()
-        if given == wanted:
-            return 1.0
-        try:
-            return float(Decimal(given) == Decimal(wanted))
-        except InvalidOperation:
-            return 0.0
 
 
 class Sampler:
@@ -126,10 +72,12 @@ def load_task(config: DataConfig, *, seed: int) -> Task:
         UserError: unknown task (with the closest names), bad options, unreadable file, or reasoning-gym is
             missing.
     """
-    if config.task.endswith(".jsonl"):
+    if Path(config.task).suffix.lower() in SUFFIXES:
         if config.options:
             raise UserError(f"data.options belong to reasoning-gym tasks, not to the file {config.task}")
-        return JsonlTask(Path(config.task))
+        return FileTask(Path(config.task))
+    if Path(config.task).is_file():
+        raise UserError(f"data.task: a file of problems ends in {', '.join(SUFFIXES)}, got {config.task!r}")
     return ReasoningGymTask(config.task, seed=seed, size=config.size, options=config.options)
 
 
@@ -138,17 +86,55 @@ def task_names() -> list[str]:
     return sorted(_registry())
 
 
-def render_prompt(config: DataConfig, question: str, tokenizer: Any) -> str:
-    """The text put to the model: the template, inside the tokenizer's chat template where ``config.chat``."""
-    text = config.template.replace("{question}", question)
-    if not config.chat:
-        return text
+def encode_prompt(config: DataConfig, problem: Problem, tokenizer: Any) -> list[int]:
+    """The tokens put to the model.
+
+    A text goes into ``config.template``, and where ``config.chat`` as the user's message into the tokenizer's chat
+    template. A prompt that is chat messages goes into the chat template as it is.
+
+    Arguments:
+        config: the data section of a run.
+        problem: whose question is asked.
+        tokenizer: the policy's.
+
+    Returns:
+        At least one token.
+
+    Raises:
+        UserError: no chat template, one that refuses the messages, or a prompt without a token.
+    """
+    text = render_prompt(config, problem, tokenizer)
+    chat = config.chat or not isinstance(problem.question, str)  # the chat template brings its own special tokens
+    ids = list(tokenizer(text, add_special_tokens=not chat)["input_ids"])
+    if not ids:
+        raise UserError(f"data: {problem.where or 'a prompt'}: the prompt has no token")
+    return ids
+
+
+def render_prompt(config: DataConfig, problem: Problem, tokenizer: Any) -> str:
+    """The text of :func:`encode_prompt`."""
+    question = problem.question
+    if isinstance(question, str):
+        text = config.template.replace("{question}", question)
+        if not config.chat:
+            return text
+        messages = [{"role": "user", "content": text}]
+    else:
+        if config.template != "{question}":
+            raise UserError(f"data.template is for prompts that are texts; {problem.where} has chat messages")
+        messages = list(question)
     if not getattr(tokenizer, "chat_template", None):
-        raise UserError("data.chat: this model's tokenizer has no chat template; set data.chat to false")
-    messages = [{"role": "user", "content": text}]
-    if config.system is not None:
+        hint = "set data.chat to false" if config.chat else f"{problem.where} has chat messages"
+        raise UserError(f"data: this model's tokenizer has no chat template; {hint}")
+    if config.system is not None and messages[0]["role"] != "system":
         messages.insert(0, {"role": "system", "content": config.system})
-    return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+    # As in TRL: an answer that has been begun is gone on with.
+    turn = "continue_final_message" if messages[-1]["role"] == "assistant" else "add_generation_prompt"
+    try:
+        return str(tokenizer.apply_chat_template(messages, tokenize=False, **{turn: True}))
+    except Exception as error:  # a template raises what it likes: jinja2's errors, TypeError, ValueError
+        where = problem.where or "a prompt"
+        raise UserError(f"data: {where}: the chat template refuses the messages: {_one_line(error)}") from error
 
 
 def _registry() -> Mapping[str, Any]:
@@ -158,16 +144,6 @@ def _registry() -> Mapping[str, Any]:
     except ImportError as error:
         raise UserError(f"data.task needs reasoning-gym ({error}): pip install reasoning-gym") from error
     return DATASETS  # type: ignore[no-any-return]
-
-
-def _parse(path: Path, number: int, line: str) -> Problem:
-    try:
-        entry = json.loads(line)
-        return Problem(str(entry["prompt"]), str(entry["answer"]), entry)
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
-        raise UserError(
-            f"data.task: {path}:{number}: expected an object with 'prompt' and 'answer' ({error})"
-        ) from error
 
 
 def _one_line(error: BaseException) -> str:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -23,11 +22,11 @@ from torch import Tensor
 
 import fastdiv
 from fastdiv.cli import parse_train
-
-from . import report
-from .config import LossConfig, UserError
-from .meter import Meter
-from .objective import WindowLoss
+from fastdiv.training import report
+from fastdiv.training.config import LossConfig, UserError
+from fastdiv.training.meter import Meter
+from fastdiv.training.objective import WindowLoss
+from fastdiv.training.run import holds_run
 
 _REPEATS = 3
 _BATCH = 4  # rollouts' worth of answers in the comparison
@@ -44,22 +43,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         config = parse_train(["--config", "demo", *arguments])
         output = Path(config.output)
-        if (output / "metrics.jsonl").exists() and not config.resume:
+        if holds_run(output) and not config.resume:
             print(f"replacing the run in {output}")
-            for part in ("metrics.jsonl", "curves.png", "config.yaml", "comparison.json"):
-                (output / part).unlink(missing_ok=True)
-            shutil.rmtree(output / "checkpoints", ignore_errors=True)
-        from .loop import Trainer
+        from fastdiv.training.loop import Trainer
 
         print(
             f"{config.model} on {config.data.task} with {config.loss.objective}; loading the weights",
             flush=True,
         )
-        trainer = Trainer(config)
-    except UserError as error:
-        print(f"fastdiv demo: error: {error}", file=sys.stderr)
+        trainer = Trainer(config, replace=True)
+        trainer.run()
+    except (UserError, OSError) as error:
+        print(f"fastdiv demo: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
-    trainer.run()
     print(f"\n{report.table(trainer.records)}\n")
     with tempfile.TemporaryDirectory() as folder:
         measured = compare(trainer, Path(folder))
@@ -104,7 +100,9 @@ def _save_batch(trainer: Any, path: Path) -> None:
     settings, policy = trainer.config.rollout, trainer.policy
     collected = [trainer.collect(trainer.step + i) for i in range(_BATCH)]
     parts = []
-    olds = [trainer.statistics(r, slice(0, len(r.ids)), ("log_prob",), Meter(policy.device)) for _, r in collected]
+    olds = [
+        trainer.passes.statistics(r, slice(0, len(r.ids)), ("log_prob",), Meter(policy.device)) for _, r in collected
+    ]
     with torch.enable_grad():
         trainer.train_step()
     for (problems, rollout), old in zip(collected, olds, strict=True):

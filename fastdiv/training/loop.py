@@ -8,28 +8,29 @@ backward: per micro-batch, the weighted sum of statistics through ``fastdiv.line
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-import fastdiv
 from fastdiv import objectives
-
-from . import checkpoint, report
-from .config import TrainConfig, UserError, check_same_run, flatten
-from .data import Problem, Sampler, Task, load_task, render_prompt
-from .meter import Meter
-from .models import Policy, load_policy
-from .objective import WindowLoss
-from .rollout import Rollout, sample
-
-Stats = dict[str, Tensor]
+from fastdiv.training import checkpoint, report
+from fastdiv.training.checks import check_backend, check_length, check_output, check_weights
+from fastdiv.training.config import TrainConfig, UserError, check_same_run, flatten
+from fastdiv.training.data import Sampler, encode_prompt, load_task
+from fastdiv.training.meter import Meter
+from fastdiv.training.models import Policy, load_policy
+from fastdiv.training.objective import WindowLoss
+from fastdiv.training.passes import Passes
+from fastdiv.training.problems import Problem, Task
+from fastdiv.training.rollout import Rollout, sample
+from fastdiv.training.run import Run, holds_run, remove_run
 
 
 class Trainer:
@@ -39,9 +40,11 @@ class Trainer:
         config: the run.
         task: problems and reward; None: what ``config.data`` names.
         on_step: called with the metrics of each step, after they are on disk.
+        replace: a run that ``config.output`` already holds is deleted when this one begins.
 
     Raises:
-        UserError: something in the configuration cannot be met, or ``config.output`` already holds a run.
+        UserError: something in the configuration cannot be met, or ``config.output`` already holds a run. Nothing
+            has been written then.
     """
 
     def __init__(
@@ -50,16 +53,22 @@ class Trainer:
         *,
         task: Task | None = None,
         on_step: Callable[[dict[str, Any]], None] | None = None,
+        replace: bool = False,
     ) -> None:
-        self.config, self._on_step = config, on_step
+        self.config, self._on_step, self._replace = config, on_step, replace
         self.output = Path(config.output)
-        if not config.resume and (self.output / "metrics.jsonl").exists():
+        check_output(self.output)
+        if not config.resume and not replace and holds_run(self.output):
             raise UserError(f"output: {self.output} already holds a run; continue it with --resume or choose another")
         self.loss = WindowLoss(config.loss, seed=config.seed)
         self.task = task or load_task(config.data, seed=config.seed)
         self.sampler = Sampler(len(self.task), seed=config.seed)
+        self.identity = Run(data=getattr(self.task, "fingerprint", None))
         self.policy = load_policy(config.model, dtype=config.dtype, device=config.device, seed=config.seed)
+        check_backend(self.policy, config, self.measured)
+        self._check_prompts()
         self.reference = _frozen(self.policy) if config.loss.reference else None
+        self.passes = Passes(config, self.policy, self.reference)
         settings = config.optimizer
         self.optimizer = torch.optim.AdamW(
             self.policy.model.parameters(),
@@ -75,7 +84,11 @@ class Trainer:
         """Trains up to ``config.steps`` and returns the metrics of every step."""
         from tqdm import tqdm
 
+        if self._replace and not self.config.resume:
+            remove_run(self.output)
+            self._replace = False
         self.output.mkdir(parents=True, exist_ok=True)
+        self.identity.write(self.output)
         report.write_config(self.config, self.output / "config.yaml")
         # disable=None: a bar on a terminal only; a log gets a line per step instead.
         bar = tqdm(total=self.config.steps, initial=self.step, unit="step", dynamic_ncols=True, disable=None)
@@ -133,16 +146,15 @@ class Trainer:
         settings = self.config.rollout
         first = step * settings.prompts
         problems = [self.task.problem(self.sampler[first + i]) for i in range(settings.prompts)]
-        prompts = [render_prompt(self.config.data, p.question, self.policy.tokenizer) for p in problems]
-        generator = torch.Generator(self.policy.device).manual_seed((self.config.seed << 32) + step)
+        prompts = [encode_prompt(self.config.data, p, self.policy.tokenizer) for p in problems]
+        check_length(self.policy, zip((p.where for p in problems), prompts, strict=True), settings.max_new_tokens)
         rollout = sample(
             self.policy,
             prompts,
             group_size=settings.group_size,
             max_new_tokens=settings.max_new_tokens,
             temperature=settings.temperature,
-            generator=generator,
-            special_tokens=not self.config.data.chat,
+            seed=(self.config.seed << 32) + step,
         )
         return problems, rollout
 
@@ -161,8 +173,7 @@ class Trainer:
         answers = len(mask)
         groups = torch.arange(answers) // self.config.rollout.group_size
         advantage = getattr(objectives.advantages, self.config.loss.advantage)(rewards, groups)
-        measured = ("log_prob", "entropy") + (("reverse_kl",) if self.reference else ())
-        old = self.statistics(rollout, slice(0, answers), measured, meter)
+        old = self.passes.statistics(rollout, slice(0, answers), self.measured, meter)
         advantages = advantage.to(old["log_prob"])[:, None].expand_as(mask)
         mean = objectives.aggregate.token_mean
         metrics = {"entropy": mean(old["entropy"], mask).item()}
@@ -172,15 +183,16 @@ class Trainer:
         for part in range(settings.updates):
             rows = slice(part * share, (part + 1) * share)
             # Fresh samples: until the first update the current policy is the old one.
-            fresh = part == 0
-            current = _take(old, rows) if fresh else self.statistics(rollout, rows, self.loss.outputs, meter)
+            current = {name: values[rows] for name, values in old.items()}
+            if part > 0:
+                current = self.passes.statistics(rollout, rows, self.loss.outputs, meter)
             update = self.step * settings.updates + part
             with meter:
                 loss, of_loss, weights = self.loss(
                     current, old["log_prob"][rows], advantages[rows], mask[rows], update=update
                 )
             self.optimizer.zero_grad()
-            self._backward(rollout, rows, weights, meter)
+            self.passes.backward(rollout, rows, weights, meter)
             for group in self.optimizer.param_groups:
                 group["lr"] = settings.lr * min(1.0, (update + 1) / max(1, settings.warmup))
             parameters = self.policy.model.parameters()
@@ -195,87 +207,48 @@ class Trainer:
         metrics |= {"loss": sum(losses) / len(losses), "grad_norm": sum(norms) / len(norms)}
         return {k: None if math.isnan(v) else v for k, v in metrics.items()}
 
-    @torch.no_grad()
-    def statistics(self, rollout: Rollout, rows: slice, outputs: tuple[str, ...], meter: Meter) -> Stats:
-        """Phase one: each output for the answers ``rows``, [rows, response]; the meter counts what it takes."""
-        parts = []
-        for micro in self._micro_batches(rows):
-            hidden, teacher = rollout.hidden(self.policy, micro), self._teacher(rollout, micro, outputs)
-            with meter:
-                stats = fastdiv.token_stats(
-                    self.policy.head(hidden),
-                    rollout.labels[micro],
-                    teacher=teacher,
-                    outputs=outputs,
-                    temperature=self.config.rollout.temperature,
-                    mask=rollout.response_mask[micro],
-                    backend=self.config.backend,
-                )
-            parts.append([stats[name] for name in outputs])
-        return {name: torch.cat(columns) for name, columns in zip(outputs, zip(*parts, strict=True), strict=True)}
+    @property
+    def measured(self) -> tuple[str, ...]:
+        """Statistics of the policy that sampled."""
+        return ("log_prob", "entropy") + (("reverse_kl",) if self.config.loss.reference else ())
 
-    def _backward(self, rollout: Rollout, rows: slice, weights: Stats, meter: Meter) -> None:
-        """Phase three: gradients of the sum of weights times statistics, micro-batch by micro-batch."""
-        outputs = tuple(weights)
-        for micro in self._micro_batches(rows):
-            inside = slice(micro.start - rows.start, micro.stop - rows.start)
-            flat = {name: weight[inside].flatten() for name, weight in weights.items()}
-
-            def weighted(stats: Any, tokens: Tensor, flat: Stats = flat) -> Tensor:
-                return torch.stack([flat[name][tokens] * stats[name] for name in flat]).sum(0)
-
-            hidden, teacher = rollout.hidden(self.policy, micro), self._teacher(rollout, micro, outputs)
-            # Cut off from the backbone, so that the loss section ends with the gradient of the hidden states.
-            leaf = hidden.detach().requires_grad_()
-            with meter:
-                loss = fastdiv.linear_loss(
-                    self.policy.head(leaf),
-                    rollout.labels[micro],
-                    weighted,
-                    teacher=teacher,
-                    outputs=outputs,
-                    temperature=self.config.rollout.temperature,
-                    mask=rollout.response_mask[micro],
-                    backend=self.config.backend,
-                )
-                loss.backward()
-            hidden.backward(leaf.grad)
-
-    @torch.no_grad()
-    def _teacher(self, rollout: Rollout, rows: slice, outputs: tuple[str, ...]) -> fastdiv.LinearLogits | None:
-        if self.reference is None or "reverse_kl" not in outputs:
-            return None
-        return self.reference.head(rollout.hidden(self.reference, rows))
-
-    def _micro_batches(self, rows: slice) -> Iterator[slice]:
-        for start in range(rows.start, rows.stop, self.config.optimizer.micro_batch):
-            yield slice(start, min(start + self.config.optimizer.micro_batch, rows.stop))
+    def _check_prompts(self) -> None:
+        """Every prompt of a file that the run will see, the first step's of a task that makes its problems."""
+        steps = self.config.steps if self.identity.data else 1
+        seen = {self.sampler[i] for i in range(min(steps * self.config.rollout.prompts, 2 * len(self.task)))}
+        for index in sorted(seen):
+            problem = self.task.problem(index)
+            ids = encode_prompt(self.config.data, problem, self.policy.tokenizer)
+            check_length(self.policy, [(problem.where, ids)], self.config.rollout.max_new_tokens)
 
     def _save(self) -> None:
         folder, keep = self.output / "checkpoints", self.config.keep
-        checkpoint.save(folder, self.step, self.policy, self.optimizer, flatten(self.config), keep=keep)
+        checkpoint.save(folder, self.step, self.policy, self.optimizer, flatten(self.config), self.identity, keep=keep)
 
     def _resume(self) -> None:
         last = checkpoint.latest(self.output / "checkpoints")
+        metrics = self.output / "metrics.jsonl"
         if last is None:
             print(f"fastdiv: no checkpoint in {self.output}: starting at step 0")
-            report.keep_records(self.output / "metrics.jsonl", 0)
+            report.keep_records(metrics, 0)
             return
+        known = Run.read(self.output).id
+        if not known:
+            raise UserError(f"--resume: {self.output} has no run.json, which says whose checkpoints it holds")
+        self.identity = dataclasses.replace(self.identity, id=known)
+        checkpoint.check_run(last, self.identity)
         state = checkpoint.read_state(last)
         check_same_run(state["config"], self.config)
         checkpoint.restore(last, state, self.policy, self.optimizer)
+        check_weights(self.policy)
         self.step = state["step"]
         # Steps after the checkpoint are done again, and their lines with them.
-        self.records = report.keep_records(self.output / "metrics.jsonl", self.step)
+        self.records = report.keep_records(metrics, self.step)
 
 
 def train(config: TrainConfig, *, task: Task | None = None) -> list[dict[str, Any]]:
     """Trains as ``config`` says, on ``task`` where given, and returns the metrics of every step."""
     return Trainer(config, task=task).run()
-
-
-def _take(stats: Stats, rows: slice) -> Stats:
-    return {name: values[rows] for name, values in stats.items()}
 
 
 def _frozen(policy: Policy) -> Policy:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import inspect
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,8 +15,8 @@ import torch
 from torch import Tensor
 
 import fastdiv
-
-from .config import UserError
+from fastdiv.training.checks import check_head
+from fastdiv.training.config import UserError
 
 _INSTALL = "pip install 'fastdiv[train]'"
 _SMOLLM2 = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -42,28 +43,50 @@ class Policy:
         ids.update(of_model if isinstance(of_model, list) else [of_model])
         return torch.tensor(sorted(i for i in ids if i is not None), dtype=torch.long, device=self.device)
 
-    def hidden(self, ids: Tensor, attention_mask: Tensor, *, cache: Any = None, last: int | None = None) -> Tensor:
+    @property
+    def positions(self) -> int | None:
+        """The longest sequence that the model was made for; None: it says no number."""
+        found = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        return found if isinstance(found, int) and found > 0 else None
+
+    def hidden(self, ids: Tensor, attention_mask: Tensor, *, last: int | None = None) -> Tensor:
         """Last hidden states.
 
         Arguments:
-            ids: int64 [batch, new], the new tokens.
-            attention_mask: int64 [batch, past + new], 0 at padding.
-            cache: a transformers cache that holds the past and takes up the new tokens.
+            ids: int64 [batch, tokens].
+            attention_mask: int64 [batch, tokens], 0 at padding.
             last: return only the last so many positions.
 
         Returns:
-            [batch, new or last, hidden]; position t predicts token t + 1.
+            [batch, tokens or last, hidden]; position t predicts token t + 1.
         """
-        positions = (attention_mask.cumsum(-1) - 1).clamp_min(0)[:, -ids.shape[1] :]
-        out = self.model.get_decoder()(
-            input_ids=ids,
-            attention_mask=attention_mask,
-            position_ids=positions,
-            past_key_values=cache,
-            use_cache=cache is not None,
-        )
+        decoder = self.model.get_decoder()
+        positions = (attention_mask.cumsum(-1) - 1).clamp_min(0)
+        options = {"position_ids": positions, "use_cache": False}
+        known = inspect.signature(decoder.forward).parameters  # old models lack one or the other
+        options = {name: value for name, value in options.items() if name in known}
+        out = decoder(input_ids=ids, attention_mask=attention_mask, **options)
         hidden: Tensor = out.last_hidden_state
         return hidden if last is None else hidden[:, -last:]
+
+    @torch.no_grad()
+    def generate(self, ids: Tensor, attention_mask: Tensor, **settings: Any) -> Any:
+        """What ``model.generate`` gives with these settings and none of the model's own.
+
+        Arguments:
+            ids: int64 [batch, tokens].
+            attention_mask: int64 [batch, tokens], 0 at padding on the left.
+            settings: of a ``GenerationConfig``; where an answer ends and with what it is padded is known here.
+        """
+        from transformers import GenerationConfig
+
+        ends = {"eos_token_id": self.stop_ids.tolist() or None, "pad_token_id": self.tokenizer.pad_token_id}
+        only, own = GenerationConfig(**settings, **ends), self.model.generation_config
+        self.model.generation_config = only  # generate fills up from it what a configuration leaves open
+        try:
+            return self.model.generate(input_ids=ids, attention_mask=attention_mask, generation_config=only)
+        finally:
+            self.model.generation_config = own
 
     def head(self, hidden: Tensor) -> fastdiv.LinearLogits:
         """The logits of ``hidden`` as a fastdiv source: they exist only tile by tile."""
@@ -103,26 +126,11 @@ def load_policy(name: str, *, dtype: str = "float32", device: str = "auto", seed
     tokenizer.padding_side = "left"
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
+    if tokenizer.pad_token is None:
+        raise UserError(f"model {name!r}: its tokenizer has neither a token for padding nor one that ends a text")
     policy = Policy(model, tokenizer)
     check_head(policy)
     return policy
-
-
-@torch.no_grad()
-def check_head(policy: Policy) -> None:
-    """Raises :class:`UserError` if the model's own logits are not those of ``policy.head``.
-
-    Some architectures do more after the last hidden state than a product, a scale and a soft cap. Training
-    through the wrong logits would be silent, so four tokens are compared once.
-    """
-    if policy.model.get_output_embeddings() is None:
-        raise UserError(f"{type(policy.model).__name__} has no output embeddings; a causal language model is needed")
-    ids = torch.arange(4, device=policy.device)[None]
-    own = policy.model(input_ids=ids, use_cache=False).logits.double()
-    ours = policy.head(policy.hidden(ids, torch.ones_like(ids))).materialize().double()
-    bound = 64 * torch.finfo(policy.model.dtype).eps * own.abs().max()
-    if own.shape != ours.shape or not bool((own - ours).abs().max() <= bound):
-        raise UserError(f"{type(policy.model).__name__} transforms its logits as fastdiv.LinearLogits cannot")
 
 
 @contextmanager
@@ -148,6 +156,10 @@ def _device(device: str) -> torch.device:
         raise UserError(f"device: torch knows no {device!r}") from error
     if place.type == "cuda" and not torch.cuda.is_available():
         raise UserError(f"device: {device!r} was asked for and torch {torch.__version__} sees no GPU")
+    try:
+        torch.zeros(1, device=place).item()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:  # meta, a GPU too many, a build without it
+        raise UserError(f"device: torch {torch.__version__} cannot compute on {device!r}") from error
     return place
 
 
@@ -183,8 +195,8 @@ def _pretrained(transformers: Any, where: str, gguf: str | None, *, offline: boo
         with without_bars():
             tokenizer = transformers.AutoTokenizer.from_pretrained(where, **options)
             model = transformers.AutoModelForCausalLM.from_pretrained(where, dtype=getattr(torch, dtype), **options)
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
+    except Exception as error:  # of a damaged file safetensors, tokenizers and gguf raise errors of their own
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UserError(f"model {where!r} cannot be loaded: {reason}") from error
     if gguf:  # the weights are plain numbers by now, and a checkpoint is to be saved and read as such
         model.hf_quantizer = None

@@ -17,8 +17,7 @@ import torch
 from torch import Tensor
 
 from fastdiv import objectives
-
-from .config import LossConfig, UserError
+from fastdiv.training.config import LossConfig, UserError
 
 _GIVEN_BY_THE_TRAINER = ("selected", "seed", "step", "index", "normalizer")
 _PAPER = {

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from .config import TrainConfig
+from fastdiv.training.config import TrainConfig, UserError
 
 Record = dict[str, Any]
 
@@ -43,18 +43,30 @@ def write_config(config: TrainConfig, path: Path) -> None:
 
 def keep_records(path: Path, steps: int) -> list[Record]:
     """Cuts a metrics file back to its first ``steps`` steps, at once or not at all, and returns them."""
-    records = read_records(path)[:steps] if path.exists() else []
-    if path.exists():
-        temporary = path.with_suffix(".partial")
-        temporary.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
-        temporary.replace(path)
+    if not path.exists():
+        return []
+    records = [record for record in read_records(path) if record["step"] <= steps]
+    temporary = path.with_suffix(".partial")
+    temporary.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
+    temporary.replace(path)
     return records
 
 
 def read_records(path: Path) -> list[Record]:
-    """The complete lines of a metrics file; an interrupted last line is left out."""
-    lines = path.read_text(encoding="utf-8").split("\n")[:-1]
-    return [json.loads(line) for line in lines]
+    """The complete lines of a metrics file; an interrupted last line is left out.
+
+    Raises:
+        UserError: a line that is not one of ours, with its number.
+    """
+    records = []
+    for number, line in enumerate(path.read_bytes().split(b"\n")[:-1], 1):
+        try:
+            records.append(json.loads(line))
+            if not isinstance(records[-1]["step"], int):
+                raise TypeError("step")
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(f"output: {path}:{number} is damaged: not the metrics of a step") from error
+    return records
 
 
 def plot(records: Sequence[Record], path: Path, *, title: str) -> None:

@@ -1,13 +1,15 @@
-"""Sampling groups of answers with a key-value cache: a function of weights, prompts and a generator."""
+"""Sampling groups of answers: a function of weights, prompts and a seed."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from .models import Policy
+from fastdiv.training.models import Policy
 
 
 @dataclass(frozen=True)
@@ -45,55 +47,65 @@ class Rollout:
 @torch.no_grad()
 def sample(
     policy: Policy,
-    prompts: list[str],
+    prompts: Sequence[Sequence[int]],
     *,
     group_size: int,
     max_new_tokens: int,
     temperature: float,
-    generator: torch.Generator,
-    special_tokens: bool = True,
+    seed: int,
 ) -> Rollout:
     """Samples ``group_size`` answers to each prompt from the untruncated distribution at ``temperature``.
 
+    ``model.generate`` does it, without the truncation and the penalties that the model's own generation configuration
+    may ask for: the distribution sampled is the one that is trained.
+
     Arguments:
         policy: the model that answers.
-        prompts: texts; answers to prompt i are rows ``i * group_size`` and following.
+        prompts: tokens of each; answers to prompt i are rows ``i * group_size`` and following.
         group_size: answers per prompt.
         max_new_tokens: longest answer.
         temperature: divides the logits.
-        generator: on the policy's device; the only source of randomness.
-        special_tokens: let the tokenizer add its own beginning-of-text token.
+        seed: the only source of randomness; torch's own generators are left as they were.
 
     Returns:
         A :class:`Rollout`, as wide as its longest answer.
     """
-    from transformers import DynamicCache
-
-    encoded = policy.tokenizer(prompts, padding=True, return_tensors="pt", add_special_tokens=special_tokens)
+    encoded = policy.tokenizer.pad({"input_ids": [list(p) for p in prompts]}, padding=True, return_tensors="pt")
     ids, mask = encoded["input_ids"].to(policy.device), encoded["attention_mask"].to(policy.device)
-    # A prompt is read once; its cache is then repeated for the answers of its group.
-    cache = DynamicCache(config=policy.model.config)
-    hidden = policy.hidden(ids, mask, cache=cache, last=1).repeat_interleave(group_size, 0)
-    cache.batch_repeat_interleave(group_size)
-    ids, mask = ids.repeat_interleave(group_size, 0), mask.repeat_interleave(group_size, 0)
-
     stops, pad = policy.stop_ids, policy.tokenizer.pad_token_id
-    alive = torch.ones(len(ids), dtype=torch.bool, device=policy.device)
-    valid: list[Tensor] = []
-    while True:
-        logits = policy.head(hidden[:, -1]).materialize().float() / temperature
-        token = torch.multinomial(logits.softmax(-1), 1, generator=generator)[:, 0].where(alive, torch.tensor(pad))
-        valid.append(alive)
-        ids = torch.cat([ids, token[:, None]], 1)
-        mask = torch.cat([mask, alive[:, None].to(mask.dtype)], 1)
-        alive = alive & ~torch.isin(token, stops)
-        if len(valid) == max_new_tokens or not bool(alive.any()):
-            break
-        hidden = policy.hidden(token[:, None], mask, cache=cache, last=1)
-    response = torch.stack(valid, 1)
-    answers = ids[:, -response.shape[1] :]
+    with _seeded(policy.device, seed):
+        ids = policy.generate(
+            ids,
+            mask,
+            do_sample=True,
+            temperature=temperature,
+            top_k=0,
+            top_p=1.0,
+            num_return_sequences=group_size,
+            max_new_tokens=max_new_tokens,
+        )
+    answers = ids[:, mask.shape[1] :]
+    ended = torch.isin(answers, stops).int()
+    response = ended.cumsum(1) - ended == 0
+    width = int(response.sum(1).max())
+    answers, response = answers[:, :width].where(response[:, :width], torch.tensor(pad)), response[:, :width]
+    mask = torch.cat([mask.repeat_interleave(group_size, 0), response.to(mask.dtype)], 1)
     texts = [
         policy.tokenizer.decode(row[kept], skip_special_tokens=True)
         for row, kept in zip(answers, response, strict=True)
     ]
-    return Rollout(ids, mask, response, texts)
+    return Rollout(torch.cat([ids[:, : mask.shape[1] - width], answers], 1), mask, response, texts)
+
+
+@contextmanager
+def _seeded(device: torch.device, seed: int) -> Iterator[None]:
+    """Torch's generators of the CPU and of ``device``, seeded, and put back at the end."""
+    elsewhere = device.type != "cpu"
+    kind = device.type if elsewhere else "cuda"
+    with torch.random.fork_rng(devices=[device] if elsewhere else [], device_type=kind):
+        torch.default_generator.manual_seed(seed)
+        if elsewhere:
+            module = torch.get_device_module(device)
+            with module.device(device):
+                module.manual_seed(seed)
+        yield

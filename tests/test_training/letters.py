@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from fastdiv.training.config import LossConfig, OptimizerConfig, RolloutConfig, TrainConfig
-from fastdiv.training.data import Problem
+from fastdiv.training.problems import Problem
 
 
 class Letters:

@@ -7,6 +7,7 @@ import pytest
 
 from fastdiv.training.config import DataConfig, UserError
 from fastdiv.training.data import Sampler, load_task, render_prompt, task_names
+from fastdiv.training.problems import Problem
 
 SUMS = DataConfig(task="chain_sum", options={"min_terms": 2, "max_terms": 2, "max_digits": 1}, size=20)
 
@@ -72,7 +73,7 @@ def test_jsonl(tmp_path):
 def test_jsonl_with_a_bad_line(tmp_path, line):
     path = tmp_path / "bad.jsonl"
     path.write_text(line + "\n")
-    with pytest.raises(UserError, match=r"expected an object with 'prompt' and 'answer'|holds no problem"):
+    with pytest.raises(UserError, match=r"expected an object with 'prompt' and 'answer'|not JSON|holds no problem"):
         load_task(DataConfig(task=str(path)), seed=0)
 
 
@@ -88,7 +89,7 @@ def test_every_epoch_is_another_permutation_and_a_function_of_the_position():
 
 def test_prompts():
     plain = DataConfig(template="Q: {question}\nA:")
-    assert render_prompt(plain, "1 {+} 1", None) == "Q: 1 {+} 1\nA:"
+    assert render_prompt(plain, Problem("1 {+} 1", "2", {}), None) == "Q: 1 {+} 1\nA:"
     seen = []
 
     def apply_chat_template(messages, tokenize, add_generation_prompt):
@@ -96,8 +97,8 @@ def test_prompts():
         return "rendered"
 
     tokenizer = SimpleNamespace(chat_template="x", apply_chat_template=apply_chat_template)
-    assert render_prompt(DataConfig(chat=True, system="s"), "q", tokenizer) == "rendered"
+    assert render_prompt(DataConfig(chat=True, system="s"), Problem("q", "", {}), tokenizer) == "rendered"
     roles = [{"role": "system", "content": "s"}, {"role": "user", "content": "q"}]
     assert seen == [(roles, False, True)]
     with pytest.raises(UserError, match="no chat template"):
-        render_prompt(DataConfig(chat=True), "q", SimpleNamespace(chat_template=None))
+        render_prompt(DataConfig(chat=True), Problem("q", "", {}), SimpleNamespace(chat_template=None))

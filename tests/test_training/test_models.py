@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from fastdiv.training import checkpoint, models
+from fastdiv.training.run import Run
 
 gguf = pytest.importorskip("gguf")
 
@@ -16,7 +17,7 @@ HIDDEN, WIDE, LAYERS, HEADS = 32, 64, 2, 4
 
 
 def write_gguf(path):
-    words = ["<eos>", *(chr(c) for c in range(33, 127)), "Ġ", "ab"]
+    words = ["<eos>", *(chr(c) for c in range(33, 127)), "Ġ", "ab", "Ġa"]
     writer = gguf.GGUFWriter(path, "llama")
     writer.add_block_count(LAYERS)
     writer.add_context_length(64)
@@ -30,7 +31,7 @@ def write_gguf(path):
     writer.add_tokenizer_model("gpt2")
     writer.add_token_list(words)
     writer.add_token_types([3] + [1] * (len(words) - 1))
-    writer.add_token_merges(["a b"])
+    writer.add_token_merges(["a b", "Ġ a"])
     for add in (writer.add_bos_token_id, writer.add_eos_token_id, writer.add_unk_token_id, writer.add_pad_token_id):
         add(0)
     shapes = {"token_embd": (len(words), HIDDEN), "output_norm": (HIDDEN,)}
@@ -57,7 +58,7 @@ def test_a_gguf_file_becomes_a_model_that_can_be_saved(tmp_path, monkeypatch):
     assert head.weight.data_ptr() == embedding.weight.data_ptr()
 
     optimizer = torch.optim.SGD(policy.model.parameters(), lr=1.0)
-    saved = checkpoint.save(tmp_path / "checkpoints", 1, policy, optimizer, {}, keep=1)
+    saved = checkpoint.save(tmp_path / "checkpoints", 1, policy, optimizer, {}, Run(), keep=1)
     assert "quantization_config" not in json.loads((saved / "config.json").read_text())
     monkeypatch.undo()
     again = models.load_policy(str(saved), device="cpu")
