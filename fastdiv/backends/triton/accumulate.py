@@ -87,6 +87,7 @@ def accumulate(
     FRESH: tl.constexpr,  # nothing was added before: the state is not read
     LABELS: tl.constexpr,
     LABEL_BLOCK: tl.constexpr,
+    STAGES: tl.constexpr,  # steps whose logits are on their way at a time
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -126,7 +127,7 @@ def accumulate(
     if REVERSE:
         reverse = tl.zeros([ROWS, BLOCK], tl.float32)
 
-    for start in range(0, last_column(columns, here), BLOCK):
+    for start in tl.range(0, last_column(columns, here), BLOCK, num_stages=STAGES):
         column = start + lane
         inside = here[:, None] & (column < columns)[None, :]
         t = read(x_first, column, inside, x_scale, x_softcap, X_KIND)

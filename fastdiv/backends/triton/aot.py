@@ -71,6 +71,9 @@ class Report:
 
     registers: int
     stack: int
+    spilled: int
+    """Registers that an AMD kernel spills, vector and scalar.  Scalar ones go to lanes of a vector register and take no
+    stack.  NVIDIA's show in `stack`."""
     shared: int
     seconds: float
     narrow: tuple[str, ...]
@@ -78,7 +81,7 @@ class Report:
 
     @property
     def ok(self) -> bool:
-        return self.stack == 0 and not self.narrow
+        return self.stack == 0 and self.spilled == 0 and not self.narrow
 
 
 def target(name: str) -> GPUTarget:
@@ -203,8 +206,9 @@ def compile_for(it: Launch, name: str) -> Report:
     begin = time.perf_counter()
     compiled = triton.compile(source, target=gpu, options={"num_warps": it.shape.warps})
     seconds = time.perf_counter() - begin
-    registers, stack = _counts(compiled, gpu)
-    return Report(registers, stack, compiled.metadata.shared, seconds, tuple(narrow_pointers(compiled.asm["ttir"])))
+    registers, stack, spilled = _counts(compiled, gpu)
+    narrow = tuple(narrow_pointers(compiled.asm["ttir"]))
+    return Report(registers, stack, spilled, compiled.metadata.shared, seconds, narrow)
 
 
 def _aligned(name: str, value: Any) -> bool:
@@ -213,12 +217,10 @@ def _aligned(name: str, value: Any) -> bool:
     return isinstance(value, int) and value % 16 == 0 and name not in COUNTS
 
 
-def _counts(compiled: Any, gpu: GPUTarget) -> tuple[int, int]:
-    """(registers, bytes of stack) of a thread."""
+def _counts(compiled: Any, gpu: GPUTarget) -> tuple[int, int, int]:
+    """(registers, bytes of stack, spilled registers) of a thread."""
     if gpu.backend == "hip":
-        text = compiled.asm["amdgcn"]
-        count = {k: int(v) for k, v in re.findall(r"\.(vgpr_count|private_segment_fixed_size):\s+(\d+)", text)}
-        return count["vgpr_count"], count["private_segment_fixed_size"]
+        return amd_counts(compiled.asm["amdgcn"])
     tool = pathlib.Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
@@ -226,7 +228,15 @@ def _counts(compiled: Any, gpu: GPUTarget) -> tuple[int, int]:
         text = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
     found = re.search(r"REG:(\d+) STACK:(\d+).*LOCAL:(\d+)", text)
     assert found is not None, text
-    return int(found[1]), int(found[2]) + int(found[3])
+    return int(found[1]), int(found[2]) + int(found[3]), 0
+
+
+def amd_counts(assembly: str) -> tuple[int, int, int]:
+    """`_counts` of AMD's assembly, which names them."""
+    names = "vgpr_count|private_segment_fixed_size|vgpr_spill_count|sgpr_spill_count"
+    count = {k: int(v) for k, v in re.findall(rf"\.({names}):\s+(\d+)", assembly)}
+    spilled = count["vgpr_spill_count"] + count["sgpr_spill_count"]
+    return count["vgpr_count"], count["private_segment_fixed_size"], spilled
 
 
 def narrow_pointers(ttir: str) -> list[str]:
@@ -284,13 +294,15 @@ def check(targets: list[str], brief: bool = False) -> int:
         for name in targets:
             reports = list(pool.map(_attempt, range(len(every)), [name] * len(every)))
             if not brief:
-                print(f"\n{name:10}  {'kernel':16} {'registers':>9} {'stack':>6} {'shared':>7} {'seconds':>8}")
+                needs = f"{'registers':>9} {'stack':>6} {'spilled':>7} {'shared':>7}"
+                print(f"\n{name:10}  {'kernel':16} {needs} {'seconds':>8}")
             for it, report in zip(every, reports, strict=True):
                 if isinstance(report, str):
                     print(f"{name:10}  {it.kernel.__name__} ({it.title}) does not compile: {report}")
                     continue
                 if not (brief and report.ok):
-                    numbers = f"{report.registers:9} {report.stack:6} {report.shared:7} {report.seconds:8.2f}"
+                    needs = f"{report.registers:9} {report.stack:6} {report.spilled:7} {report.shared:7}"
+                    numbers = f"{needs} {report.seconds:8.2f}"
                     print(f"{name:10}  {it.kernel.__name__:16} {numbers}  {it.title}")
                 for line in report.narrow:
                     print(f"{name:10}  32-bit pointer arithmetic: {line}")

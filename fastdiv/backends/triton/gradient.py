@@ -61,6 +61,7 @@ def gradient(
     X_KIND: tl.constexpr,
     Y_KIND: tl.constexpr,
     POLYNOMIAL: tl.constexpr,  # whether c1 to c4 are in use
+    NARROWER: tl.constexpr,  # whether a gradient's elements take fewer bytes than its logits'
     LABELS: tl.constexpr,
     LABEL_BLOCK: tl.constexpr,
     ROWS: tl.constexpr,
@@ -68,7 +69,8 @@ def gradient(
 ):
     """dL/dx of some rows (see `fastdiv.statistics`), and dL/dy.
 
-    Either may overwrite its logits, whole or in the first half of a row: a step has read all it needs.
+    Either may overwrite its logits, whole or in the first half of a row: a step has read all it needs.  In a row of the
+    same dtype a thread overwrites only what it has read itself.
     """
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     here = row < rows
@@ -91,11 +93,6 @@ def gradient(
         e0 = tl.load(coefficients + 5, mask=here, other=0.0)[:, None]
     if dy is not None:
         dy_first = first_of(dy, dy_offsets, dy_stride, row, here)
-    if POLYNOMIAL:
-        c1 = tl.load(coefficients + 1, mask=here, other=0.0)[:, None]
-        c2 = tl.load(coefficients + 2, mask=here, other=0.0)[:, None]
-        c3 = tl.load(coefficients + 3, mask=here, other=0.0)[:, None]
-        c4 = tl.load(coefficients + 4, mask=here, other=0.0)[:, None]
     x_max = framed(frame, row, here, 0)
     x_norm = framed(frame, row, here, 1)
     if LABELS > 0:
@@ -114,6 +111,11 @@ def gradient(
         p = tl.exp(lp)
         g = c0 * p
         if POLYNOMIAL:
+            # In registers all the way they are four too many for some versions of ptxas.
+            c1 = tl.load(coefficients + 1, mask=here, other=0.0)[:, None]
+            c2 = tl.load(coefficients + 2, mask=here, other=0.0)[:, None]
+            c3 = tl.load(coefficients + 3, mask=here, other=0.0)[:, None]
+            c4 = tl.load(coefficients + 4, mask=here, other=0.0)[:, None]
             bounded = tl.maximum(lp, FLOOR)
             g += p * (bounded * (c1 + bounded * c2) + c3 * p) + c4
         if LABELS > 0:
@@ -137,8 +139,8 @@ def gradient(
                 g += gain * DLP[i](d, p, q, parameters[i])
                 if dy is not None:
                     h += gain * DLQ[i](d, p, q, parameters[i])
-        if dx is not None or dy is not None:
-            tl.debug_barrier()  # a 16-bit gradient may lie in the first half of its row of float32 logits
+        if NARROWER:
+            tl.debug_barrier()  # the gradient may lie in the first half of its row of logits, whose others still read
         if dx is not None:
             write(dx, dx_first, column, inside, g, t, it, x_scale, x_softcap, X_KIND)
         if dy is not None:

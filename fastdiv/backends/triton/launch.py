@@ -84,6 +84,10 @@ def _on(device: torch.device) -> Iterator[None]:
         yield
 
 
+STAGES = 3
+"""Of `accumulate`'s loop: the steps whose logits are on their way to shared memory as one is summed; 1 for none."""
+
+
 def accumulate(tile: Tile, wanted: int, state: Tensor, label_logits: Tensor) -> None:
     """Adds a tile's columns to the state [n, len(STATE)] and finds logits of labels [n, K]."""
     count, labels = tile.tokens.labels.shape
@@ -115,6 +119,7 @@ def accumulate(tile: Tile, wanted: int, state: Tensor, label_logits: Tensor) -> 
         FRESH=tile.first_column == 0,
         LABELS=labels,
         LABEL_BLOCK=blocks.power_of_two(labels),
+        STAGES=STAGES,
     )
 
 
@@ -276,6 +281,10 @@ def rank(tile: Tile, sums: Sums) -> None:
     )
 
 
+def _narrower(gradient: Rows | None, logits: Rows | None) -> bool:
+    return bool(gradient and logits and gradient.tensor.itemsize < logits.tensor.itemsize)
+
+
 def gradient(tile: Tile, prepared: Framed, student: Rows | None, teacher: Rows | None) -> None:
     """Writes row gradients into the rows of `student` and `teacher`."""
     count, labels = prepared.labels.shape
@@ -305,6 +314,7 @@ def gradient(tile: Tile, prepared: Framed, student: Rows | None, teacher: Rows |
         X_KIND=kind(tile.student),
         Y_KIND=kind(other),
         POLYNOMIAL=prepared.polynomial,
+        NARROWER=_narrower(student, tile.student) or _narrower(teacher, other),
         LABELS=labels,
         LABEL_BLOCK=blocks.power_of_two(labels),
     )

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from fastdiv.backends.triton import blocks, language, launch
 from fastdiv.backends.triton.language import function
-from fastdiv.backends.triton.rows import COUNTS, FIELDS, FLOOR, any_of, first_of, offset, total, transformed
+from fastdiv.backends.triton.rows import CAPPED, COUNTS, FIELDS, FLOOR, any_of, first_of, offset, total, transformed
 from fastdiv.request import Transform
 from fastdiv.statistics import WANTED
 from fastdiv.tiles import Rows
@@ -97,6 +97,7 @@ def sum_spans(
     SPAN: tl.constexpr,
     DEPTH: tl.constexpr,
     RAGGED: tl.constexpr,  # whether the last step along `width` is not whole
+    ALIGNED: tl.constexpr,  # whether rows begin at a multiple of 16 elements, or are float32
     EXACT: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -109,9 +110,21 @@ def sum_spans(
     it = tl.load(inverse_temperature + row, mask=here, other=1.0)
     # Rows and columns that are not there read the last one again: cheaper than a mask, and nobody looks at the result.
     hidden_first = first_of(hidden, hidden_offsets, hidden_stride, tl.minimum(row, rows - 1), row >= 0)
+    # From here on columns are counted from the span's first: their numbers take 32 bits, and the loop does not need
+    # the vocabulary, whose scalars AMD would spill.
+    begin = tl.program_id(1).to(tl.int64) * SPAN
+    columns = tl.minimum(vocabulary - begin, SPAN).to(tl.int32)
+    weight += begin * weight_stride
+    if bias is not None:
+        bias += begin
     if LABELS > 0:
         slot = tl.arange(0, LABEL_BLOCK)[None, :]
-        label = tl.load(labels + row[:, None] * LABELS + slot, mask=here[:, None] & (slot < LABELS), other=-1)
+        label = tl.load(labels + row[:, None] * LABELS + slot, mask=here[:, None] & (slot < LABELS), other=-1) - begin
+        label = tl.where((label >= 0) & (label < columns), label, -1).to(tl.int32)
+    if KIND == CAPPED and not ALIGNED:
+        # One a row: AMD's packed multiplications would take a pair of scalar registers for each use of a scalar.
+        scale = tl.where(here, scale, 1.0)[:, None]
+        softcap = tl.where(here, softcap, 1.0)[:, None]
     maximum = tl.full([ROWS], -float("inf"), tl.float32)
     tail = tl.zeros([ROWS], tl.float32)
     first = tl.zeros([ROWS], tl.float32)
@@ -119,11 +132,10 @@ def sum_spans(
     squares = tl.zeros([ROWS], tl.float32)
     added = tl.zeros([ROWS], tl.float32)
     argmax = tl.zeros([ROWS], tl.int32)
-    begin = tl.program_id(1).to(tl.int64) * SPAN
 
-    for start in range(begin, tl.minimum(begin + SPAN, vocabulary), BLOCK):
-        known = tl.minimum(start + lane, vocabulary - 1)
-        weight_first = weight + known * weight_stride
+    for start in range(0, columns, BLOCK):
+        known = start + tl.minimum(lane, columns - start - 1)
+        weight_first = weight + known.to(tl.int64) * weight_stride
         t = tl.zeros([ROWS, BLOCK], tl.float32)
         for k in range(0, width, DEPTH):
             if RAGGED:
@@ -137,7 +149,7 @@ def sum_spans(
         if bias is not None:
             t += tl.load(bias + known).to(tl.float32)[None, :]
         t = transformed(t, scale, softcap, KIND)
-        exists = (lane < vocabulary - start)[None, :]
+        exists = (lane < columns - start)[None, :]
         if SUM:
             added += tl.sum(tl.where(exists, t, 0.0), 1)
         t = tl.where(exists, t, -float("inf"))
@@ -145,12 +157,12 @@ def sum_spans(
         if LABELS > 0:
             if any_of(tl.max(((label >= start) & (label < start + BLOCK)).to(tl.int32), 1)):
                 for k in range(LABELS):
-                    own = tl.load(labels + row * LABELS + k, mask=here, other=-1)
-                    found = (own >= start) & (own < start + BLOCK) & (own < vocabulary)
+                    own = tl.load(labels + row * LABELS + k, mask=here, other=-1) - begin - start
+                    found = (own >= 0) & (own < BLOCK) & (own < columns - start)
                     if any_of(found):
-                        at = tl.where(found, own - start, -1).to(tl.int32)
+                        at = tl.where(found, own, -1).to(tl.int32)
                         value = tl.sum(tl.where(lane[None, :] == at[:, None], t, 0.0), 1)
-                        tl.store(label_logits + row * LABELS + k, value, mask=here & found)
+                        tl.store(label_logits + row * LABELS + k, value, mask=found)
         if ARGMAX:
             top = tl.max(tl.where(t == t, t, -float("inf")), 1)  # NaN shows in the sums
         else:
@@ -159,7 +171,7 @@ def sum_spans(
         raised = new > maximum
         if ARGMAX:
             place = tl.min(tl.where(t == top[:, None], lane[None, :], BLOCK), 1)
-            argmax = tl.where(raised, (start - begin).to(tl.int32) + place, argmax)
+            argmax = tl.where(raised, start + place, argmax)
         # All but one of the entries at the maximum are in the tail; a row of -inf so far has none.
         is_top = t == new[:, None]
         others = tl.sum(is_top.to(tl.float32), 1) - tl.where(raised, 1.0, 0.0)
@@ -295,7 +307,8 @@ def statistics(
     count, labels_per_row = labels.shape
     vocabulary, width = weight.shape
     side, weight = Rows(_unit(hidden), None, transform), _unit(weight)
-    rows, block, depth, warps = shape(hidden.dtype, weight.dtype, width)
+    chosen = shape(hidden.dtype, weight.dtype, width)
+    rows, block, depth, warps = chosen
     spans = triton.cdiv(vocabulary, SPAN)
     found = torch.empty(count, spans, SUMS.value, dtype=torch.float64, device=hidden.device)
     needs = {
@@ -329,6 +342,7 @@ def statistics(
         SPAN=SPAN,
         DEPTH=depth,
         RAGGED=width % depth != 0,
+        ALIGNED=chosen != _UNALIGNED,
         EXACT=language.INTERPRETED or hidden.dtype != weight.dtype,
     )
     launch.run(
