@@ -51,13 +51,23 @@ FD_INLINE float exp_floored(float x) {
 FD_INLINE float exp(float x) { return exp_floored(floored(x)); }
 #endif
 
+#if defined(__CUDA_ARCH__)
+FD_INLINE float divided(float a, float b) {
+  float y;
+  asm("div.approx.ftz.f32 %0, %1, %2;" : "=f"(y) : "f"(a), "f"(b));
+  return y;
+}
+#else
+FD_INLINE float divided(float a, float b) { return a / b; }
+#endif
+
 // log(x) for normal positive x: x = 2^e m, m in [sqrt(1/2), sqrt(2)), log(m) = 2 atanh(s), s = (m - 1) / (m +
 // 1).
 FD_INLINE float log(float x) {
   const int32_t biased = static_cast<int32_t>(to_bits(x)) - 0x3f3504f3;
   const float e = static_cast<float>(biased >> 23);
   const float m = from_bits(to_bits(x) - (static_cast<uint32_t>(biased >> 23) << 23));
-  const float s = (m - 1.0f) / (m + 1.0f);
+  const float s = divided(m - 1.0f, m + 1.0f);
   const float t = s * s;
   float p = 1.0f / 9.0f;
   p = p * t + 1.0f / 7.0f;
@@ -65,6 +75,19 @@ FD_INLINE float log(float x) {
   p = p * t + 1.0f / 3.0f;
   return e * 0.693147181f + (2.0f * s + 2.0f * s * t * p);
 }
+
+#if defined(__CUDA_ARCH__)
+// Both are formed: cheaper than a branch that lanes take by different ways.
+FD_INLINE float chosen(bool yes, float a, float b) {
+  float y;
+  asm("{.reg .pred p; setp.ne.u32 p, %3, 0; selp.f32 %0, %1, %2, p;}"
+      : "=f"(y)
+      : "f"(a), "f"(b), "r"((unsigned)yes));
+  return y;
+}
+#else
+FD_INLINE float chosen(bool yes, float a, float b) { return yes ? a : b; }
+#endif
 
 // exp(d) - 1 - d for |d| <= 0.5: its series, the terms beyond d^7 folded back (Chebyshev); relative error
 // below 1e-7.
@@ -80,7 +103,7 @@ FD_INLINE float phi(float d) {
 
 // u - log(1 + u) for -0.5 <= u <= 0.65, by log(1 + u) = 2 atanh(s), s = u / (2 + u).
 FD_INLINE float psi(float u) {
-  const float s = u / (2.0f + u);
+  const float s = divided(u, 2.0f + u);
   const float t = s * s;
   float p = 1.0f / 15.0f;
   p = p * t + 1.0f / 13.0f;
@@ -102,7 +125,7 @@ FD_INLINE float tanh(float x) {
   p = p * z - 5.395777575e-02f;
   p = p * z + 1.333329729e-01f;
   p = p * z - 3.333333313e-01f;
-  const float e = exp(-2.0f * u), near = u + u * (z * p), far = 1.0f - 2.0f * e / (1.0f + e);
+  const float e = exp(-2.0f * u), near = u + u * (z * p), far = 1.0f - divided(2.0f * e, 1.0f + e);
   return __builtin_copysignf(u < 0.625f ? near : far, x);
 }
 

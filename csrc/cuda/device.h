@@ -46,6 +46,12 @@ FD_DEVICE T shuffle_xor(T x, int lanes) {
   return __shfl_xor_sync(~0u, x, lanes);
 }
 
+// What another lane has.
+template <typename T>
+FD_DEVICE T shuffle(T x, int lane) {
+  return __shfl_sync(~0u, x, lane);
+}
+
 // Before sm_90 a cluster is one block.
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
 FD_DEVICE int cluster_size() {
@@ -133,8 +139,11 @@ Error launch(void (*kernel)(Args), const Launch& shape, const Queue& queue, cons
   if (device.error != cudaSuccess) return device.error;
   const void* address = reinterpret_cast<const void*>(kernel);
   if (shape.shared > 48 << 10) {
-    const Error error = cudaFuncSetAttribute(address, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                             static_cast<int>(shape.shared));
+    // The same number in every thread: one that sets less would take it from one that is about to launch.
+    int most = 0;
+    Error error = cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, queue.device);
+    if (error == cudaSuccess)
+      error = cudaFuncSetAttribute(address, cudaFuncAttributeMaxDynamicSharedMemorySize, most);
     if (error != cudaSuccess) return error;
   }
   cudaLaunchAttribute cluster;

@@ -267,12 +267,21 @@ FD_DEVICE void walk(const Row<T>& x, const Row<T>& y, int origin, bool together,
   const int lane = thread() * kPack<T>, step = threads() * kPack<T>;
   int c = origin + lane, before = 0;
   if constexpr (kFlight > 1) {
-    if (!together) {
+    const int reach = kPair && y.reach() > x.reach() ? y.reach() : x.reach();
+    if (together) {
+      for (; c - lane + kFlight * step - kPack<T> + reach <= x.columns; c += kFlight * step) {
+        uint4 x_raw[kFlight], y_raw[kFlight] = {};
+        x.load(c, step, x_raw);
+        if (kPair) y.load(c, step, y_raw);
+        sync();
+#pragma unroll
+        for (int i = 0; i < kFlight; ++i) body(c + i * step, x_raw[i], y_raw[i], Whole<true>{});
+      }
+    } else {
       if (c < 0) {
         before = c;
         c += step;
       }
-      const int reach = kPair && y.reach() > x.reach() ? y.reach() : x.reach();
       for (; c + (kFlight - 1) * step + reach <= x.columns; c += kFlight * step) {
         uint4 x_raw[kFlight], y_raw[kFlight] = {};
         x.load(c, step, x_raw);

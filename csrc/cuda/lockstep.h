@@ -188,6 +188,11 @@ T shuffle_xor(T x, int lanes) {
   return exchanged(x, [](int lane, int by) { return lane ^ by; }, lanes);
 }
 
+template <typename T>
+T shuffle(T x, int lane) {
+  return exchanged(x, [](int, int by) { return by; }, lane);
+}
+
 FD_DEVICE float max_nan(float a, float b) { return a != a || b != b ? NAN : a > b ? a : b; }
 FD_DEVICE float min_nan(float a, float b) { return a != a || b != b ? NAN : a < b ? a : b; }
 FD_DEVICE uint4 load_once(const uint4* from) { return *from; }

@@ -29,7 +29,7 @@ struct Sum {
 // What threads tell each other.  It lies first in the shared memory; packs that are kept follow.
 struct alignas(16) Desk {
   double warps[8][kMostThreads / kWarpSize];
-  double parts[5][8];  // of this block, for the others of its cluster: no place is written twice
+  double parts[24];  // of this block, for the others of its cluster: no place is written twice
   RowState state;
   Frame frame;
 };
@@ -37,7 +37,29 @@ struct alignas(16) Desk {
 FD_DEVICE Desk& desk() { return *reinterpret_cast<Desk*>(shared_memory()); }
 
 // The places in `parts`.
-enum Exchange { kTops, kColumnsHigh, kColumnsLow, kFirstLook, kSecondLook };
+enum Exchange { kTops = 0, kColumnsHigh = 2, kColumnsLow = 3, kFirstLook = 8, kSecondLook = 16 };
+
+// Joins what the blocks of a cluster have at a place, in all lanes of a warp: a lane reads of one block, so
+// that one number of each costs no more time than one number.
+template <int kPlace, int N, typename Join>
+FD_DEVICE void join_blocks(double (&x)[N], double nothing, const Join& join) {
+  const int lane = thread() % kWarpSize, rank = lane % 8;
+  constexpr int kTurns = (N + 3) / 4;
+  double own[kTurns];
+#pragma unroll
+  for (int turn = 0; turn < kTurns; ++turn) {
+    const int i = lane / 8 + 4 * turn;
+    own[turn] = i < N && rank < cluster_size() ? *of_block(&desk().parts[kPlace + i], rank) : nothing;
+  }
+#pragma unroll
+  for (int turn = 0; turn < kTurns; ++turn) {
+#pragma unroll
+    for (int lanes = 4; lanes; lanes /= 2) own[turn] = join(own[turn], shuffle_xor(own[turn], lanes));
+#pragma unroll
+    for (int k = 0; k < 4; ++k)
+      if (4 * turn + k < N) x[4 * turn + k] = shuffle(own[turn], 8 * k);
+  }
+}
 
 // The largest of a cluster's threads, in each of them; NaN if there is one.
 template <Exchange kPlace, int N>
@@ -54,17 +76,19 @@ FD_DEVICE void cluster_max(float (&x)[N]) {
   for (int i = 0; i < N; ++i) {
     for (int j = 0; j < threads() / kWarpSize; ++j)
       x[i] = max_nan(x[i], static_cast<float>(desk().warps[i][j]));
-    if (cluster_size() > 1 && thread() == 0) desk().parts[kPlace][i] = x[i];
+    if (cluster_size() > 1 && thread() == 0) desk().parts[kPlace + i] = x[i];
   }
   if (cluster_size() == 1) {
     sync();
     return;
   }
   cluster_sync();
+  double tops[N];
+  join_blocks<kPlace>(tops, -INFINITY, [](double a, double b) {
+    return static_cast<double>(max_nan(static_cast<float>(a), static_cast<float>(b)));
+  });
 #pragma unroll
-  for (int i = 0; i < N; ++i)
-    for (int j = 0; j < cluster_size(); ++j)
-      x[i] = max_nan(x[i], static_cast<float>(*of_block(&desk().parts[kPlace][i], j)));
+  for (int i = 0; i < N; ++i) x[i] = static_cast<float>(tops[i]);
 }
 
 // Sums over a block, in every thread.
@@ -92,14 +116,9 @@ FD_DEVICE void cluster_sum(double (&x)[N]) {
   block_sum(x);
   if (cluster_size() == 1) return;
   if (thread() == 0)
-    for (int i = 0; i < N; ++i) desk().parts[kPlace][i] = x[i];
+    for (int i = 0; i < N; ++i) desk().parts[kPlace + i] = x[i];
   cluster_sync();
-  if (thread() != 0) return;
-#pragma unroll
-  for (int i = 0; i < N; ++i) {
-    x[i] = 0.0;
-    for (int j = 0; j < cluster_size(); ++j) x[i] += *of_block(&desk().parts[kPlace][i], j);
-  }
+  if (thread() < kWarpSize) join_blocks<kPlace>(x, 0.0, [](double a, double b) { return a + b; });
 }
 
 }  // namespace fd

@@ -20,8 +20,9 @@ struct Kl {
   static constexpr int kSums = kWithForward + kWithReverse;
   static constexpr bool kIsForward = kWithForward, kIsReverse = kWithReverse;
   FD_DEVICE static void add(float d, float p, float q, float, float (&sums)[kSums]) {
-    if (kWithForward) sums[0] += forward_kl_value(d, p, q, 0.0f);
-    if (kWithReverse) sums[kSums - 1] += reverse_kl_value(d, p, q, 0.0f);
+    if (kWithForward) sums[0] += chosen(abs(d) < 0.5f, q * phi(d), (p - q) - (q > 0.0f ? q * d : 0.0f));
+    if (kWithReverse)
+      sums[kSums - 1] += chosen(abs(d) < 0.5f, p * phi(-d), (q - p) + (p > 0.0f ? p * d : 0.0f));
   }
 };
 #define FD_COMPARED_TERM(name)                                                            \
@@ -34,7 +35,24 @@ struct Kl {
       sums[2] += name##_dlq(d, p, q, a);                                                  \
     }                                                                                     \
   };
-FD_COMPARED(FD_COMPARED_TERM)
+FD_COMPARED_TERM(tv)
+struct js_term {
+  static constexpr int kSums = 3;
+  static constexpr bool kIsForward = false, kIsReverse = false;
+  FD_DEVICE static void add(float d, float p, float q, float a, float (&sums)[kSums]) {
+    const float b = 1.0f - a, up = phi(d) + d, down = phi(-d) - d;
+    const float u = b * up, w = a * down, psi_u = psi(u), psi_w = psi(w);
+    const bool near = abs(d) < 0.5f, positive = d > 0.0f;
+    const float mixture = log((positive ? b : a) + (positive ? a : b) * exp(-abs(d)));
+    const float far_p = p > 0.0f ? p * (mixture - min_nan(d, 0.0f)) : 0.0f;
+    const float far_q = q > 0.0f ? q * (mixture + max_nan(d, 0.0f)) : 0.0f;
+    const float over_p = chosen(near, p * (w - psi_w), far_p), over_q = chosen(near, q * (u - psi_u), far_q);
+    const float dlp = -b * over_p, dlq = -a * over_q;
+    sums[0] += chosen(near, a * q * psi_u + b * p * psi_w, dlp + dlq);
+    sums[1] += dlp;
+    sums[2] += dlq;
+  }
+};
 #undef FD_COMPARED_TERM
 
 // Sums on unnormalised exponentials, as the state has them, from the KL of a tile's own distributions.

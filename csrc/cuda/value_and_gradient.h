@@ -43,7 +43,7 @@ FD_KERNEL void FD_BOUNDS(kMostThreads, 2) value_and_gradient_kernel(const ValueA
     const RowState& s = desk().state;
     const double entropy = log_sum(s.student) - s.first / total(s.student);
     const double of_entropy = given.of_entropy[row], of_logsumexp = given.of_logsumexp[row];
-    double* c = desk().parts[kSecondLook];
+    double* c = &desk().parts[kSecondLook];
     c[0] = of_logsumexp - (of_entropy == 0.0 ? 0.0 : of_entropy * entropy);
     c[1] = -of_entropy;
     c[2] = 0.0;
@@ -51,7 +51,7 @@ FD_KERNEL void FD_BOUNDS(kMostThreads, 2) value_and_gradient_kernel(const ValueA
     desk().frame = frame_of(s, it);
   }
   sync();
-  const double* c = desk().parts[kSecondLook];
+  const double* c = &desk().parts[kSecondLook];
   const float c0 = static_cast<float>(c[0]), c1 = static_cast<float>(c[1]),
               label_total = static_cast<float>(c[2]);
   const Frame frame = desk().frame;
