@@ -79,7 +79,7 @@ class _Growing:
         self.maximum = new
         self.z = _shifted(x, new) * inverse_temperature.to(x.dtype)[:, None]
         self.p = torch.exp(self.z)
-        self.top = x == new.to(x.dtype)[:, None]
+        self.top = (x == new.to(x.dtype)[:, None]) & (new > -torch.inf)[:, None]
         old_tail = torch.where(self.raised, self.old_total * torch.exp(-self.shift), tail)
         old_tail = torch.where(new == torch.inf, torch.nan, old_tail)
         self.tail = old_tail + self.beside_maximum(self.p)
