@@ -1,0 +1,75 @@
+"""Where numbers cancel: results that keep their digits at inputs which leave other formulas none."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+import fastdiv
+from fastdiv.testing import compare, reference
+
+INF, NAN = torch.inf, torch.nan
+
+
+def random(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def close(got: Tensor, x: Tensor, y: Tensor, kind: str, temperature: float = 1.0) -> None:
+    """Under the tolerance rule; float64 against itself."""
+    work = got.dtype
+    plain, exact = (
+        reference(x, teacher=y, outputs=(kind,), temperature=temperature, dtype=d)[kind] for d in (work, torch.float64)
+    )
+    found = compare(got, plain, exact, ulps=2.0**18 if work == torch.float64 else 4.0)
+    assert found, found.text
+
+
+# Jensen-Shannon with little weight on one model
+
+
+def _js(x: Tensor, y: Tensor, beta: float) -> Tensor:
+    """In float64 without cancellation, as far as 1 - beta has digits."""
+    lp, lq = x.double().log_softmax(-1), y.double().log_softmax(-1)
+    u, w = (1.0 - beta) * torch.expm1(lp - lq), beta * torch.expm1(lq - lp)
+    return (beta * lq.exp() * (u - torch.log1p(u)) + (1.0 - beta) * lp.exp() * (w - torch.log1p(w))).sum(-1)
+
+
+@pytest.mark.parametrize("beta", [1e-2, 1e-4, 1e-6, 1e-8, 1 - 1e-4, 1 - 1e-6])
+@pytest.mark.parametrize("v", [5, 3000])
+def test_js_with_a_weight_near_0(backend: str, beta: float, v: int) -> None:
+    x, y = random(8, v).requires_grad_(), random(8, v, seed=1).requires_grad_()
+    got = fastdiv.divergence(x, y, "js", beta=beta, backend=backend)
+    a, b = x.detach().double().requires_grad_(), y.detach().double().requires_grad_()
+    want = _js(a, b, beta)
+    assert (got > 0).all()
+    torch.testing.assert_close(got.double(), want, rtol=5e-6, atol=0.0)
+    for g, w in zip(torch.autograd.grad(got.sum(), (x, y)), torch.autograd.grad(want.sum(), (a, b)), strict=True):
+        torch.testing.assert_close(g.double(), w, rtol=0.0, atol=1e-5 * w.abs().max().item())
+
+
+# Rows without a distribution in both models
+
+_BROKEN = {"NaN": [NAN, 0.0, 1.0], "all -inf": [-INF] * 3, "+inf": [INF, 0.0, 1.0]}
+
+
+@pytest.mark.parametrize("student", _BROKEN)
+@pytest.mark.parametrize("teacher", _BROKEN)
+def test_a_row_that_is_broken_in_both_models(backend: str, student: str, teacher: str) -> None:
+    x = torch.tensor([_BROKEN[student], [0.0, 1.0, 2.0]])
+    y = torch.tensor([_BROKEN[teacher], [0.0, 2.0, 1.0]])
+    for kind in ("js", "tv", "forward_kl", "reverse_kl", "jeffreys"):
+        got = fastdiv.divergence(x, y, kind, backend=backend)
+        assert got.isnan().tolist() == [True, False], kind
+
+
+@pytest.mark.parametrize("kind", ["js", "tv", "jeffreys"])
+def test_a_teacher_row_of_all_minus_infinity(backend: str, kind: str) -> None:
+    """NaN as value and as gradient: whoever trains on it is to see it."""
+    x, y = random(2, 1500).requires_grad_(), random(2, 1500, seed=1)
+    y[0] = -INF
+    got = fastdiv.divergence(x, y, kind, backend=backend)
+    assert got.isnan().tolist() == [True, False]
+    (gradient,) = torch.autograd.grad(got.sum(), x)
+    assert gradient[0].isnan().all() and torch.isfinite(gradient[1]).all()
