@@ -2,7 +2,7 @@
 names of `fastdiv.language`, and calls of each other.
 
 Arguments are p and q (probabilities of one vocabulary entry under student and teacher), d = log p - log q, and one
-parameter a, which only `js` uses: its mixture weight beta, or beta - 1 where that has the digits that beta lacks near 1.
+parameter a, which only `js` uses: its mixture weight beta, or beta - 1, which has digits that beta near 1 has not.
 d comes separately because it is formed from the logits' difference, which keeps digits that log p and log q have each
 lost.
 

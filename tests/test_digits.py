@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from cases import check, token_stats
 from torch import Tensor
 
 import fastdiv
@@ -73,3 +74,58 @@ def test_a_teacher_row_of_all_minus_infinity(backend: str, kind: str) -> None:
     assert got.isnan().tolist() == [True, False]
     (gradient,) = torch.autograd.grad(got.sum(), x)
     assert gradient[0].isnan().all() and torch.isfinite(gradient[1]).all()
+
+
+# One flat model and one peaked one
+
+
+@pytest.mark.parametrize("swapped", [False, True], ids=["forward_kl", "reverse_kl"])
+@pytest.mark.parametrize("teacher", ["peaked", "one-hot", "one-hot near the end", "masked at first", "top of a few"])
+def test_kl_of_a_flat_and_a_peaked_model(backend: str, teacher: str, swapped: bool) -> None:
+    """The textbook's terms are small; sums of exponentials are as large as the vocabulary and must cancel exactly."""
+    v = 8000 if backend == "triton" and not torch.cuda.is_available() else 60000
+    x, y = random(2, v) * 0.3, random(2, v, seed=1) * 0.3
+    if teacher == "peaked":
+        y[:, 5] = 20.0
+    elif teacher == "masked at first":
+        y[:, : v // 2] = -INF
+        y[:, -5] = 20.0
+    elif teacher == "top of a few":
+        y[:, torch.arange(v) % 700 != 699] = -INF
+    else:
+        y[:, torch.arange(v) != (5 if teacher == "one-hot" else v - 100)] = -INF
+    kind = "reverse_kl" if swapped else "forward_kl"
+    a, b = (y, x) if swapped else (x, y)
+    close(fastdiv.divergence(a, b, kind, backend=backend), a, b, kind)
+
+
+def test_kl_of_a_masked_teacher_far_from_zero(backend: str) -> None:
+    v = 6000
+    x = (random(2, v) + 1000).half()
+    y = torch.full((2, v), -INF)
+    y[:, v - 70] = 3.0
+    close(fastdiv.divergence(x, y, "forward_kl", backend=backend), x.float(), y, "forward_kl")
+
+
+# tests that a kernel's mutations need
+
+
+def test_probability_where_the_student_has_none_far_below_the_maxima(backend: str) -> None:
+    """An infinite term of the first chunk fades when both maxima rise beyond everything."""
+    x, y = torch.zeros(1, 3000), torch.zeros(1, 3000)
+    x[0, 5] = -INF
+    x[0, 2500] = y[0, 2500] = 900.0
+    for kind in ("forward_kl", "reverse_kl", "jeffreys"):
+        assert fastdiv.divergence(x, y, kind, backend=backend).item() == 0.0, kind
+
+
+def test_a_teacher_gradient_that_nothing_asks_for(backend: str) -> None:
+    """Exactly 0, whatever lay in the memory before."""
+    x, y = random(4, 5000).requires_grad_(), random(4, 5000, seed=1).requires_grad_()
+    labels = torch.arange(4)
+    junk = torch.full_like(y, 7e7)
+    stats = fastdiv.token_stats(x, labels, teacher=y, outputs=("log_prob", "tv"), backend=backend)
+    del junk
+    got = torch.autograd.grad(stats.log_prob.sum(), (x, y), allow_unused=True)
+    assert got[1] is None or (got[1] == 0).all()
+    check(*token_stats(lambda a: (a,), backend=backend, outputs=("log_prob",), labels=labels), x)

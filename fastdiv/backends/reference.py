@@ -82,7 +82,10 @@ class _Growing:
         self.top = (x == new.to(x.dtype)[:, None]) & (new > -torch.inf)[:, None]
         old_tail = torch.where(self.raised, self.old_total * torch.exp(-self.shift), tail)
         old_tail = torch.where(new == torch.inf, torch.nan, old_tail)
-        self.tail = old_tail + self.beside_maximum(self.p)
+        beside = self.beside_maximum(self.p)
+        self.own = beside + self.raised.double()  # the sum over this tile
+        self.tail = old_tail + beside
+        self.total = torch.where(new == -torch.inf, self.tail, 1.0 + self.tail)
 
     def beside_maximum(self, p: Tensor) -> Tensor:
         """The sum over this tile, leaving out the one maximum that the state counts apart."""
@@ -91,6 +94,13 @@ class _Growing:
 
 def _fade(x: Tensor, factor: Tensor) -> Tensor:
     return torch.where(factor == 0.0, 0.0, x * factor)
+
+
+def _balance(total_p: Tensor, total_q: Tensor, work: torch.dtype) -> tuple[Tensor, Tensor]:
+    """(k, log k), float64: with p scaled by k both models weigh about the same, and no large terms cancel."""
+    ratio = total_q / total_p
+    k = torch.where((ratio > 1e-30) & (ratio < 1e30), ratio, 1.0).to(work).double()
+    return k, torch.log(k)
 
 
 def _shift_kl(kl: Tensor, a: Tensor, b: Tensor, sum_p: Tensor, sum_q: Tensor) -> Tensor:
@@ -179,13 +189,17 @@ class Reference(Backend):
                 taught = _Growing(y, s["teacher_max"], s["teacher_tail"], it)
                 s["teacher_max"], s["teacher_tail"] = taught.maximum, taught.tail
                 if wanted & (WANTED["forward"] | WANTED["reverse"]):
-                    b, p, q = taught.shift, grown.p, taught.p
-                    d = _log_ratio(x, y, grown.maximum, taught.maximum, torch.zeros_like(it), it)
-                    none = torch.zeros((), dtype=x.dtype, device=x.device)
+                    k, log_k = _balance(grown.total, taught.total, x.dtype)
+                    b, p, q = taught.shift, grown.p * k.to(x.dtype)[:, None], taught.p
+                    d = _log_ratio(x, y, grown.maximum, taught.maximum, -log_k, it)
+                    none, still = torch.zeros((), dtype=x.dtype, device=x.device), torch.zeros_like(it)
                     forward = _shift_kl(s["forward"], a, b, total, taught.old_total)
                     reverse = _shift_kl(s["reverse"], b, a, taught.old_total, total)
-                    s["forward"] = forward + _sum(DIVERGENCES["forward_kl"].value(d, p, q, none))
-                    s["reverse"] = reverse + _sum(DIVERGENCES["reverse_kl"].value(d, p, q, none))
+                    own_p, own_q = k * grown.own, taught.own
+                    own = _sum(DIVERGENCES["forward_kl"].value(d, p, q, none))
+                    s["forward"] = forward + _shift_kl(own, log_k, still, own_p, own_q)
+                    own = _sum(DIVERGENCES["reverse_kl"].value(d, p, q, none))
+                    s["reverse"] = reverse + _shift_kl(own, still, log_k, own_q, own_p)
             state[part] = torch.stack([s[name] for name in STATE], 1)
             self._labels(tile, part, x, label_logits)
 
