@@ -376,10 +376,17 @@ FD_CLONES void accumulate_row(const Accumulate& args, int64_t row) {
       const Moments taught = exponentials<false>(y, n, y_max, it, q, y_ahead);
       const double y_tail = y_top == y_max ? beside_maximum(y, q, n, y_max, y_raised, false) : taught.sum;
       s.teacher.tail += y_tail;
-      if (which) {
+      const double own_p = x_tail + (x_raised ? 1.0 : 0.0), own_q = y_tail + (y_raised ? 1.0 : 0.0);
+      const double all_p = total(s.student), all_q = total(s.teacher);
+      if (which && (all_p == 0.0 || all_q == 0.0)) {
+        // A model without any probability so far: the terms are the other's exponentials, or infinite.  The
+        // normaliser's own sum, so that it leaves without a rest when that is taken off.
+        s.forward += all_q == 0.0 ? own_p : own_q > 0.0 ? INFINITY : 0.0;
+        s.reverse += all_p == 0.0 ? own_q : own_p > 0.0 ? INFINITY : 0.0;
+      } else if (which) {
         // Summed with p scaled by k, so that both models weigh about the same and no large terms cancel. Then
         // d is off by log k, which is put right in double.
-        const double ratio = total(s.teacher) / total(s.student);
+        const double ratio = all_q / all_p;
         const float k = ratio > 1e-30 && ratio < 1e30 ? static_cast<float>(ratio) : 1.0f;
         const double log_k = std::log(static_cast<double>(k));
         const Difference difference(x_max, y_max, -log_k, it);
@@ -396,9 +403,8 @@ FD_CLONES void accumulate_row(const Accumulate& args, int64_t row) {
         const PairSums t = which == kForward   ? sums(forward, none)
                            : which == kReverse ? sums(none, reverse)
                                                : sums(forward, reverse);
-        const double sum_p = k * (x_tail + (x_raised ? 1.0 : 0.0)), sum_q = y_tail + (y_raised ? 1.0 : 0.0);
-        s.forward += shift_kl(t.forward, log_k, 0.0, sum_p, sum_q);
-        s.reverse += shift_kl(t.reverse, 0.0, log_k, sum_q, sum_p);
+        s.forward += shift_kl(t.forward, log_k, 0.0, k * own_p, own_q);
+        s.reverse += shift_kl(t.reverse, 0.0, log_k, own_q, k * own_p);
       }
     }
     for (int64_t k = 0; k < tile.labels_per_row; ++k) {
