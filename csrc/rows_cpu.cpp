@@ -131,8 +131,10 @@ FD_INLINE Moments exponentials(const float* x, int64_t n, float max, float it, f
 
 // z_x - z_y of two models, up to a constant `norm`.  Where the maxima are close, x - y keeps digits that x -
 // x_max and y - y_max have each lost; where they are far apart it is the other way round.
+// `apart` is x_max - y_max rounded like x - y, so that where both are at their maxima nothing is left of
+// them.
 struct Difference {
-  float x_offset = 0.0f, y_offset = 0.0f, rest, it;
+  float x_offset = 0.0f, y_offset = 0.0f, apart = 0.0f, rest, it;
   bool far;
   Difference(float x_max, float y_max, double norm, float it) : it(it) {
     const double shift = (static_cast<double>(x_max) - y_max) * it;
@@ -140,11 +142,13 @@ struct Difference {
     if (far) {
       x_offset = x_max;
       y_offset = y_max;
+    } else {
+      apart = x_max - y_max;
     }
-    rest = static_cast<float>(far ? norm : shift + norm);
+    rest = static_cast<float>(norm);
   }
-  float operator()(float x, float y) const { return ((x - x_offset) - (y - y_offset)) * it - rest; }
-  float near(float x, float y) const { return (x - y) * it - rest; }
+  float operator()(float x, float y) const { return (((x - x_offset) - (y - y_offset)) - apart) * it - rest; }
+  float near(float x, float y) const { return ((x - y) - apart) * it - rest; }
 };
 
 struct PairSums {
@@ -196,6 +200,20 @@ struct Frame {
     if (n.max == -INFINITY) log_norm = NAN;
   }
 };
+
+// The chunk with the row's maximum as the normaliser has it.  A product of hidden states that was formed once
+// more, in another shape, may have rounded it otherwise; where one entry has most of the mass the digits of
+// its gradient are in that difference.
+FD_INLINE const float* settled(const float* x, int64_t n, const Normaliser& normaliser, float it,
+                               float* buffer) {
+  const float max = offset(normaliser), cut = above_others(normaliser, it);
+  if (cut == INFINITY) return x;
+  const float top = maximum(x, n);
+  if (!(top > cut) || top == max) return x;
+#pragma omp simd
+  for (int64_t i = 0; i < n; ++i) buffer[i] = x[i] > cut ? max : x[i];
+  return buffer;
+}
 
 // p, q and d = log p - log q of one chunk.  d is formed from the difference of the logits.
 FD_INLINE void compare(const float* x, const float* y, int64_t n, const RowState& s, float it, float* p,
@@ -461,8 +479,9 @@ FD_CLONES void gradient_row(const Gradient& args, int64_t row) {
 
   for (int64_t c = 0; c < tile.columns; c += kChunk) {
     const int64_t n = std::min(kChunk, tile.columns - c);
-    const float* x = chunk(tile.student, row, c, n, x_buffer);
-    const float* y = pair ? chunk(tile.teacher, row, c, n, y_buffer) : nullptr;
+    const float* x = settled(chunk(tile.student, row, c, n, x_buffer), n, s.student, it, x_buffer);
+    const float* y =
+        pair ? settled(chunk(tile.teacher, row, c, n, y_buffer), n, s.teacher, it, y_buffer) : nullptr;
     prefetch(address(tile.student, row, c + n), n * width(tile.student));
     if (pair) {
       prefetch(address(tile.teacher, row, c + n), n * width(tile.teacher));

@@ -129,3 +129,20 @@ def test_a_teacher_gradient_that_nothing_asks_for(backend: str) -> None:
     got = torch.autograd.grad(stats.log_prob.sum(), (x, y), allow_unused=True)
     assert got[1] is None or (got[1] == 0).all()
     check(*token_stats(lambda a: (a,), backend=backend, outputs=("log_prob",), labels=labels), x)
+
+
+# Both models sure of the same token
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+@pytest.mark.parametrize("kind", ["forward_kl", "reverse_kl", "jeffreys"])
+def test_kl_gradient_where_both_models_are_sure(backend: str, kind: str, temperature: float) -> None:
+    """About 0: no unit in the last place of the logits' offset is left."""
+    x, y = torch.tensor([[27.3, -1.2, 0.4], [4.4, -INF, -INF]]), torch.tensor([[31.9, 0.3, -2.2], [-0.33, -INF, -INF]])
+    x.requires_grad_()
+    got = fastdiv.divergence(x, y, kind, temperature=temperature, backend=backend)
+    (gradient,) = torch.autograd.grad(got.sum(), x)
+    want = x.detach().double().requires_grad_()
+    exact = reference(want, teacher=y, outputs=(kind,), temperature=temperature)[kind]
+    (want,) = torch.autograd.grad(exact.sum(), want)
+    assert (gradient.double() - want).abs().max() < 1e-9

@@ -115,3 +115,28 @@ def test_equal_maxima_of_the_teacher_in_two_slices(backend: str) -> None:
     outputs = tuple(name for name in DIVERGENCES if name not in ("js", "tv"))
     got = fastdiv.token_stats(student, teacher=teacher, outputs=outputs, backend=backend, workspace=WORKSPACE)
     agree(got, reference(student, teacher=teacher, outputs=outputs))
+
+
+@pytest.mark.parametrize("outputs", [("log_prob",), ("log_prob", "rank"), ("entropy", "rank"), ("log_prob", "js")])
+def test_a_confident_token_whose_logits_are_formed_twice(backend: str, outputs: tuple[str, ...]) -> None:
+    """Forward and backward may form products of other shapes, which round otherwise: 1 - p keeps its digits."""
+    n, width, v = 4, 64, 3000
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(v, width, generator=generator) / 4
+    labels = torch.randint(0, v, (n,), generator=generator)
+    own = weight[labels]
+    hidden = torch.randn(n, width, generator=generator) + 35 * own / own.norm(dim=-1, keepdim=True) ** 2
+    teacher = fastdiv.LinearLogits(hidden + 0.01, weight) if "js" in outputs else None
+    gradients = []
+    for work in (torch.float32, torch.float64):
+        h = hidden.to(work).requires_grad_()
+        student = fastdiv.LinearLogits(h, weight.to(work))
+        if work == torch.float64:
+            stats = reference(student, labels, teacher=teacher, outputs=outputs)
+        else:
+            stats = fastdiv.token_stats(student, labels, teacher=teacher, outputs=outputs, backend=backend, workspace=1)
+            h.data.mul_(1.0 + 2e-7)  # moves the products as another order of their sums would
+        chosen = stats["log_prob" if "log_prob" in outputs else "entropy"]
+        gradients += torch.autograd.grad(chosen.sum(), h)
+    got, want = gradients
+    assert (got - want).abs().max() < 1e-4 * want.abs().max()

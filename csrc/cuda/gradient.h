@@ -89,6 +89,7 @@ FD_KERNEL void FD_BOUNDS(kMostThreads, Terms::kPair ? 2 : 4) gradient_kernel(con
 
   // Gradients with respect to z at logits t and u, where the labels' gains add up to `gain` elsewhere.
   const auto slopes = [&](float t, float u, float gain, float& g, float& h) {
+    t = frame.settled_x(t);
     const float lp = frame.log_p(t, it), p = exp(lp);
     g = (c0 - gain) * p;
     if (polynomial) {
@@ -96,6 +97,7 @@ FD_KERNEL void FD_BOUNDS(kMostThreads, Terms::kPair ? 2 : 4) gradient_kernel(con
       g += p * (bounded * (c1 + bounded * c2) + c3 * p) + c4;
     }
     if constexpr (kPair) {
+      u = frame.settled_y(u);
       const float q = exp(frame.log_q(u, it));
       h = e0 * q;
       Terms::add(args, c + 6, frame.log_ratio(t, u, it), p, q, g, h);

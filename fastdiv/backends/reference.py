@@ -49,13 +49,22 @@ def _shifted(x: Tensor, maximum: Tensor) -> Tensor:
 def _log_ratio(x: Tensor, y: Tensor, max_x: Tensor, max_y: Tensor, norm: Tensor, it: Tensor) -> Tensor:
     """z_x - z_y - norm.  Where the maxima are close, x - y keeps digits that x - max_x and y - max_y have each lost;
     where they are far apart it is the other way round."""
-    max_x, max_y = _offset(max_x), _offset(max_y)
-    shift = (max_x - max_y) * it
-    far = shift.abs() > 8.0
-    difference = (x - torch.where(far, max_x, 0.0).to(x.dtype)[:, None]) - (
-        y - torch.where(far, max_y, 0.0).to(x.dtype)[:, None]
-    )
-    return difference * it.to(x.dtype)[:, None] - torch.where(far, norm, shift + norm).to(x.dtype)[:, None]
+    max_x, max_y = (_offset(m).to(x.dtype)[:, None] for m in (max_x, max_y))
+    apart = max_x - max_y  # rounded like x - y: where both are at their maxima nothing is left of them
+    far = (apart * it.to(x.dtype)[:, None]).abs() > 8.0
+    difference = (x - torch.where(far, max_x, 0.0)) - (y - torch.where(far, max_y, 0.0)) - torch.where(far, 0.0, apart)
+    return difference * it.to(x.dtype)[:, None] - norm.to(x.dtype)[:, None]
+
+
+def _settled(x: Tensor, maximum: Tensor, tail: Tensor, it: Tensor) -> Tensor:
+    """`x` with the row's maximum as its normaliser has it, where the others' exponentials together are below a half.
+
+    A product of hidden states that was formed once more, in another shape, may have rounded it otherwise; where one
+    entry has most of the mass the digits of its gradient are in that difference.
+    """
+    alone = (tail < 0.5) & (maximum > -torch.inf)
+    cut = torch.where(alone, maximum - 0.25 / it, torch.inf).to(x.dtype)[:, None]
+    return torch.where(x > cut, maximum.to(x.dtype)[:, None], x)
 
 
 def _sum(x: Tensor) -> Tensor:
@@ -235,7 +244,7 @@ class Reference(Backend):
         for part in _parts(tile):
             s = dict(zip(STATE, state[part].unbind(1), strict=True))
             it, c = tile.tokens.inverse_temperature[part], prepared.c[part]
-            x = _read(tile.student, part, it.dtype)
+            x = _settled(_read(tile.student, part, it.dtype), s["max"], s["tail"], it.double())
             log_norm = torch.log1p(s["tail"])
             lp = _log_probs(x, s["max"], log_norm, it.double())
             p = torch.exp(lp)
@@ -244,6 +253,7 @@ class Reference(Backend):
             dx = p * (c0 + c3 * p) + c1 * p_lp + c2 * _times(p_lp, lp) + c4
             if tile.teacher:
                 y = _read(tile.teacher, part, it.dtype)
+                y = _settled(y, s["teacher_max"], s["teacher_tail"], it.double())
                 pair = _Compared(x, y, s, it.double())
                 dy = e0 * pair.q
                 for i, (divergence, parameter) in enumerate(prepared.terms):

@@ -120,7 +120,7 @@ def accumulate(
         log_k = tl.zeros([ROWS], tl.float32)
         x_shift = tl.zeros([ROWS], tl.float32)
         y_shift = tl.zeros([ROWS], tl.float32)
-        rest = tl.zeros([ROWS], tl.float32)
+        apart = tl.zeros([ROWS], tl.float32)
     if FORWARD:
         forward = tl.zeros([ROWS, BLOCK], tl.float32)
     if REVERSE:
@@ -175,13 +175,14 @@ def accumulate(
                     reverse = shifted_kl(reverse, growth, -s, x_fade, y_old, x_old)
                     reverse = tl.where((x_max == -float("inf"))[:, None], y_fade * y_old, reverse)
                 log_k = new_log_k
-                apart = (offset(x_new).to(tl.float64) - offset(y_new)) * it
-                far = tl.abs(apart) > 8.0
+                apart = offset(x_new) - offset(y_new)
+                far = tl.abs(apart * it) > 8.0
                 x_shift = tl.where(far, offset(x_new), 0.0)
                 y_shift = tl.where(far, offset(y_new), 0.0)
-                rest = (tl.where(far, 0.0, apart) - log_k).to(tl.float32)
+                apart = tl.where(far, 0.0, apart)
             p = tl.exp(log_k)[:, None] * e
-            d = ((t - x_shift[:, None]) - (u - y_shift[:, None])) * it[:, None] - rest[:, None]
+            d = ((t - x_shift[:, None]) - (u - y_shift[:, None])) - apart[:, None]
+            d = d * it[:, None] + log_k[:, None]
             if FORWARD:
                 forward += forward_kl_value(d, p, f, 0.0)
             if REVERSE:
