@@ -311,10 +311,11 @@ FD_INLINE void polynomial(const float* x, int64_t n, const Frame& frame, float i
   }
 }
 
-// Back through t(x): out = g * dt/dx / temperature, and exactly 0 where the logit is -inf.
+// Back through t(x): out = g * dt/dx / temperature, and exactly 0 where the logit is -inf.  The softcap's
+// slope 1 / cosh^2 comes from its argument: near saturation 1 - tanh^2 has no digits.  `out` may be `raw`.
 template <typename T>
-FD_INLINE void store(const float* g, const float* t, int64_t n, float it, float scale, float softcap,
-                     T* out) {
+FD_INLINE void store(const float* g, const float* t, const T* raw, int64_t n, float it, float scale,
+                     float softcap, T* out) {
   const float factor = it * scale;
   if (softcap == 0.0f) {
 #pragma omp simd
@@ -322,23 +323,27 @@ FD_INLINE void store(const float* g, const float* t, int64_t n, float it, float 
   } else {
 #pragma omp simd
     for (int64_t i = 0; i < n; ++i) {
-      const float capped = t[i] / softcap;
-      narrow(g[i] * (factor * (1.0f - capped * capped)), out[i]);
+      const float e = exp(-2.0f * abs(widen(raw[i]) * scale / softcap)), whole = 1.0f + e;
+      narrow(g[i] * (factor * (4.0f * e / (whole * whole))), out[i]);
     }
   }
 }
 
 FD_INLINE void store(const Logits& side, const float* g, const float* t, int64_t n, float it,
                      const Target& target, int64_t row, int64_t column) {
-  void* out = target.data;
-  const int64_t at = first_of(target, row) + column;
+  const int64_t from = first_of(side, row) + column, at = first_of(target, row) + column;
+  const auto as = [&](auto kind) __attribute__((always_inline)) {
+    using T = decltype(kind);
+    store(g, t, static_cast<const T*>(side.data) + from, n, it, side.scale, side.softcap,
+          static_cast<T*>(target.data) + at);
+  };
   switch (side.dtype) {
     case kFloat32:
-      return store(g, t, n, it, side.scale, side.softcap, static_cast<float*>(out) + at);
+      return as(float{});
     case kFloat16:
-      return store(g, t, n, it, side.scale, side.softcap, static_cast<_Float16*>(out) + at);
+      return as(_Float16{});
     default:
-      return store(g, t, n, it, side.scale, side.softcap, static_cast<BFloat16*>(out) + at);
+      return as(BFloat16{});
   }
 }
 
@@ -383,10 +388,13 @@ FD_CLONES void accumulate_row(const Accumulate& args, int64_t row) {
     }
     if (args.wanted & kSquares) s.squares += beside_maximum(x, p, n, x_max, x_raised, true);
     if (args.wanted & kSum) {
-      float sum = 0.0f;
+      for (int64_t begin = 0; begin < n; begin += kStrand) {
+        const int64_t end = std::min(begin + kStrand, n);
+        float sum = 0.0f;
 #pragma omp simd reduction(+ : sum)
-      for (int64_t i = 0; i < n; ++i) sum += x[i];
-      s.sum += sum;
+        for (int64_t i = begin; i < end; ++i) sum += x[i];
+        s.sum += sum;
+      }
     }
     if (pair) {
       const float y_max = offset(s.teacher);
@@ -489,7 +497,7 @@ FD_CLONES void gradient_row(const Gradient& args, int64_t row) {
       std::fill(dx, dx + n, 0.0f);
       if (args.teacher.data) {
 #pragma omp simd
-        for (int64_t i = 0; i < n; ++i) dy[i] = e0 * q[i];
+        for (int64_t i = 0; i < n; ++i) dy[i] = e0 == 0.0f ? 0.0f : e0 * q[i];
       }
       for (int64_t i = 0; i < args.terms.count; ++i)
         add_gradients(args.terms.divergence[i], args.terms.parameter[i], gains[i], d, p, q, n, dx,

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
 from cases import check, token_stats
@@ -146,3 +149,68 @@ def test_kl_gradient_where_both_models_are_sure(backend: str, kind: str, tempera
     exact = reference(want, teacher=y, outputs=(kind,), temperature=temperature)[kind]
     (want,) = torch.autograd.grad(exact.sum(), want)
     assert (gradient.double() - want).abs().max() < 1e-9
+
+
+# Sums and slopes
+
+
+def test_mean_logit_of_many_large_logits(backend: str) -> None:
+    x = random(4, 5000) + 300.0
+    got = fastdiv.token_stats(x, outputs=("mean_logit",), backend=backend).mean_logit
+    plain, exact = (
+        reference(x, outputs=("mean_logit",), dtype=d)["mean_logit"] for d in (torch.float32, torch.float64)
+    )
+    found = compare(got, plain, exact)
+    assert found, found.text
+
+
+def test_a_broken_teacher_row_and_an_upstream_gradient_of_the_student_alone(backend: str) -> None:
+    x, y = random(2, 40).requires_grad_(), random(2, 40, seed=1)
+    y[0, 3] = NAN
+    y.requires_grad_()
+    stats = fastdiv.token_stats(x, teacher=y, outputs=("entropy", "forward_kl", "js"), backend=backend)
+    (gradient,) = torch.autograd.grad(stats.entropy.sum(), y, allow_unused=True)
+    assert gradient is None or (gradient == 0).all()
+
+
+@pytest.mark.parametrize("workspace", [0, None])
+def test_hidden_states_without_features(backend: str, workspace: int | None) -> None:
+    """The bias alone makes the logits."""
+    hidden, weight = torch.zeros(2, 3, 0).requires_grad_(), torch.zeros(50, 0).requires_grad_()
+    bias = random(50).requires_grad_()
+    student = fastdiv.LinearLogits(hidden, weight, bias)
+    got = fastdiv.entropy(student, backend=backend, workspace=workspace)
+    torch.testing.assert_close(got, reference(student, outputs=("entropy",))["entropy"].float())
+    gradients = torch.autograd.grad(got.sum(), (hidden, weight, bias))
+    assert [g.shape for g in gradients] == [hidden.shape, weight.shape, bias.shape]
+
+
+def test_many_labels_of_a_token_cost_no_more_than_their_number() -> None:
+    """`reference` once compared each with each: 256 MB here."""
+    k = 4000
+    x, labels = random(4, 50, seed=1).requires_grad_(), torch.arange(4 * k).reshape(4, k) % 50
+    with torch.profiler.profile(profile_memory=True) as seen:
+        fastdiv.log_prob(x, labels, backend="reference").sum().backward()
+    assert max(abs(event.cpu_memory_usage) for event in seen.events()) < 4 << 20
+    a = x.detach().double().requires_grad_()
+    (want,) = torch.autograd.grad(a.log_softmax(-1).gather(-1, labels).sum(), a)
+    assert x.grad is not None
+    torch.testing.assert_close(x.grad.double(), want, rtol=1e-5, atol=1e-3)
+
+
+def test_slope_of_a_saturated_softcap(backend: str) -> None:
+    """Every gradient has its digits, where it is a millionth of what it would be without the cap."""
+    capped = torch.linspace(5.0, 9.0, 400)[None] * torch.tensor([[30.0], [-30.0]])
+
+    def gradients(student: Tensor, teacher: Tensor, run: Callable[..., Any], **options: Any) -> tuple[Tensor, ...]:
+        own, other = student.requires_grad_(), teacher.requires_grad_()
+        caps = fastdiv.Logits(own, softcap=30.0), fastdiv.Logits(other, softcap=30.0)
+        plain = fastdiv.Logits(random(2, 400).to(student.dtype))
+        value = run(caps[0], outputs=("logsumexp",), **options)["logsumexp"].sum()
+        value = value + run(plain, teacher=caps[1], outputs=("reverse_kl",), **options)["reverse_kl"].sum()
+        return torch.autograd.grad(value, (own, other))
+
+    got = gradients(capped.clone(), capped.clone(), fastdiv.token_stats, backend=backend)
+    want = gradients(capped.double(), capped.double(), reference)
+    for g, w in zip(got, want, strict=True):
+        torch.testing.assert_close(g.double(), w, rtol=1e-4, atol=1e-12)  # the smallest is 2e-10

@@ -99,7 +99,7 @@ FD_KERNEL void FD_BOUNDS(kMostThreads, Terms::kPair ? 2 : 4) gradient_kernel(con
     if constexpr (kPair) {
       u = frame.settled_y(u);
       const float q = exp(frame.log_q(u, it));
-      h = e0 * q;
+      h = e0 == 0.0f ? 0.0f : e0 * q;
       Terms::add(args, c + 6, frame.log_ratio(t, u, it), p, q, g, h);
     }
     return lp;
@@ -117,10 +117,12 @@ FD_KERNEL void FD_BOUNDS(kMostThreads, Terms::kPair ? 2 : 4) gradient_kernel(con
 #pragma unroll
     for (int j = 0; j < kWide; ++j) slopes(t[j], u[j], label_total, g[j], h[j]);
     if (wanted) {
+      through_softcap(x, x_raw, g);
       taken_back(x, it, t, g);
       dx.template store<whole.value>(x, column, g);
     }
     if (wanted_too) {
+      if constexpr (kPair) through_softcap(y, y_raw, h);
       taken_back(y, it, u, h);
       dy.template store<whole.value>(y, column, h);
     }

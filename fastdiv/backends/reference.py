@@ -22,12 +22,20 @@ def _read(rows: Rows, part: slice, work: torch.dtype) -> Tensor:
     return transform(raw.to(work), rows.transform.scale, rows.transform.softcap)
 
 
-def _write(rows: Rows, part: slice, gradient: Tensor, logits: Tensor, inverse_temperature: Tensor) -> None:
-    """Stores a gradient with respect to z, taken back through temperature and transform; 0 at -inf logits."""
+def _taken_back(rows: Rows, part: slice, gradient: Tensor, logits: Tensor, inverse_temperature: Tensor) -> Tensor:
+    """A gradient with respect to z taken back through temperature and transform of `rows`; 0 at -inf logits.
+
+    The softcap's slope 1 / cosh^2 comes from its argument: near saturation 1 - tanh^2 has no digits.
+    """
     slope = inverse_temperature[:, None] * rows.transform.scale
     if rows.transform.softcap:
-        slope = slope * (1.0 - (logits / rows.transform.softcap) ** 2)
-    value = torch.where(logits == -torch.inf, 0.0, gradient * slope)
+        raw = rows.tensor[rows.unravelled(part)].to(logits.dtype)
+        e = torch.exp(-2.0 * (raw * rows.transform.scale / rows.transform.softcap).abs())
+        slope = slope * (4.0 * e / (1.0 + e) ** 2)
+    return torch.where(logits == -torch.inf, 0.0, gradient * slope)
+
+
+def _write(rows: Rows, part: slice, value: Tensor) -> None:
     rows.tensor[rows.unravelled(part)] = value.to(rows.tensor.dtype)
 
 
@@ -150,16 +158,17 @@ def _add_labels(
     """dx + sum_k gain_k ([v = label_k] - p); at the labels themselves 1 - p = -expm1(log p) keeps its digits."""
     labels, gains = prepared.labels[part], prepared.gains[part]
     total = gains.sum(1, keepdim=True)
-    same = (gains[:, None, :] * (labels[:, None, :] == labels[:, :, None])).sum(2)
     at = labels - tile.first_column
     here = (at >= 0) & (at < tile.columns)
     inside = at.clamp(0, tile.columns - 1)
+    # Labels outside the tile write into a column of their own, which is dropped.
+    place = torch.where(here, at, tile.columns)
+    same = gains.new_zeros(x.shape[0], tile.columns + 1).scatter_add(1, place, gains).gather(1, inside)
     it = tile.tokens.inverse_temperature[part].double()[:, None]
     lp = (x.gather(1, inside).double() - state["max"][:, None]) * it - log_norm[:, None]
     exact = dx.gather(1, inside) - (same * torch.expm1(lp) + (total - same) * torch.exp(lp)).to(dx.dtype)
-    # Labels outside the tile write into a column of their own, which is dropped.
     spare = torch.cat([dx - total * p, dx[:, :1]], 1)
-    return spare.scatter(1, torch.where(here, at, tile.columns), exact)[:, :-1]
+    return spare.scatter(1, place, exact)[:, :-1]
 
 
 class Reference(Backend):
@@ -255,7 +264,7 @@ class Reference(Backend):
                 y = _read(tile.teacher, part, it.dtype)
                 y = _settled(y, s["teacher_max"], s["teacher_tail"], it.double())
                 pair = _Compared(x, y, s, it.double())
-                dy = e0 * pair.q
+                dy = torch.where(e0 == 0.0, 0.0, e0 * pair.q)  # nothing of the teacher's, whatever it is
                 for i, (divergence, parameter) in enumerate(prepared.terms):
                     a = torch.full((), parameter, dtype=x.dtype, device=x.device)
                     g = c[:, COEFFICIENTS + i, None]
@@ -263,7 +272,8 @@ class Reference(Backend):
                     dy = dy + g * divergence.dlq(pair.d, pair.p, pair.q, a)
             dx = _add_labels(tile, prepared, part, x, dx, p, s, log_norm)
             # Both gradients are formed before either is stored: a target may be the logits' own memory.
-            if student is not None:
-                _write(student, part, dx, x, it)
+            dx = _taken_back(tile.student, part, dx, x, it)
             if teacher is not None and tile.teacher:
-                _write(teacher, part, dy, y, it)
+                _write(teacher, part, _taken_back(tile.teacher, part, dy, y, it))
+            if student is not None:
+                _write(student, part, dx)
