@@ -101,9 +101,9 @@ FD_INLINE float phi(float d) {
   return d * d * p;
 }
 
-// u - log(1 + u) for -0.5 <= u <= 0.65, by log(1 + u) = 2 atanh(s), s = u / (2 + u).
-FD_INLINE float psi(float u) {
-  const float s = divided(u, 2.0f + u);
+// w (u - log(1 + u)) with u = e / w, for -0.5 <= u <= 0.65, by log(1 + u) = 2 atanh(s), s = u / (2 + u).
+FD_INLINE float psi(float e, float w) {
+  const float s = divided(e, 2.0f * w + e);
   const float t = s * s;
   float p = 1.0f / 15.0f;
   p = p * t + 1.0f / 13.0f;
@@ -112,7 +112,7 @@ FD_INLINE float psi(float u) {
   p = p * t + 1.0f / 7.0f;
   p = p * t + 1.0f / 5.0f;
   p = p * t + 1.0f / 3.0f;
-  return s * (u - 2.0f * t * p);
+  return s * (e - 2.0f * w * (t * p));
 }
 
 // Error below 2 ulp.  Near 0 x + x^3 p(x^2), p a fit by Chebyshev's nodes; beyond, 1 - 2 e / (1 + e), e =

@@ -52,42 +52,66 @@ FD_INLINE float jeffreys_dlq(float d, float p, float q, float a) {
   return (forward_kl_dlq(d, p, q, a) + reverse_kl_dlq(d, p, q, a));
 }
 
-FD_INLINE float log_mixture_over_p(float d, float a) {
-  const float w = (a * (phi(-d) - d));
-  const float far = (log(((d > 0.0f ? (1.0f - a) : a) + ((d > 0.0f ? a : (1.0f - a)) * exp(-abs(d))))) - (d > 0.0f ? 0.0f : d));
-  return (abs(d) < 0.5f ? (w - psi(w)) : far);
+FD_INLINE float weight_of_q(float a) {
+  return (a < 0.0f ? (1.0f + a) : a);
 }
 
-FD_INLINE float log_mixture_over_q(float d, float a) {
-  return log_mixture_over_p(-d, (1.0f - a));
+FD_INLINE float weight_of_p(float a) {
+  return (a < 0.0f ? -a : (1.0f - a));
+}
+
+FD_INLINE float log_mixture(float d, float a) {
+  const float w = (d > 0.0f ? weight_of_p(a) : weight_of_q(a));
+  const float rest = (d > 0.0f ? weight_of_q(a) : weight_of_p(a));
+  return log((w + (rest * exp(-abs(d)))));
+}
+
+FD_INLINE float mixture_beyond_p(float d, float p, float q, float a) {
+  return (weight_of_q(a) * (abs(d) < 0.5f ? (p * (phi(-d) - d)) : (q - p)));
+}
+
+FD_INLINE float mixture_beyond_q(float d, float p, float q, float a) {
+  return (weight_of_p(a) * (abs(d) < 0.5f ? (q * (phi(d) + d)) : (p - q)));
+}
+
+FD_INLINE float p_log_mixture_over_p(float d, float p, float q, float a) {
+  const float e = mixture_beyond_p(d, p, q, a);
+  const float far = (p <= 0.0f ? 0.0f : (p * (log_mixture(d, a) - (d > 0.0f ? 0.0f : d))));
+  return (abs(e) < (0.5f * p) ? (e - psi(e, p)) : far);
+}
+
+FD_INLINE float q_log_mixture_over_q(float d, float p, float q, float a) {
+  const float e = mixture_beyond_q(d, p, q, a);
+  const float far = (q <= 0.0f ? 0.0f : (q * (log_mixture(d, a) + (d < 0.0f ? 0.0f : d))));
+  return (abs(e) < (0.5f * q) ? (e - psi(e, q)) : far);
 }
 
 FD_INLINE float js_value(float d, float p, float q, float a) {
-  const float u = ((1.0f - a) * (d + phi(d)));
-  const float w = (a * (phi(-d) - d));
-  const float far_q = (q > 0.0f ? (q * log_mixture_over_q(d, a)) : 0.0f);
-  const float far_p = (p > 0.0f ? (p * log_mixture_over_p(d, a)) : 0.0f);
-  return (abs(d) < 0.5f ? (((a * q) * psi(u)) + (((1.0f - a) * p) * psi(w))) : ((-a * far_q) - ((1.0f - a) * far_p)));
+  const float e = mixture_beyond_p(d, p, q, a);
+  const float u = mixture_beyond_q(d, p, q, a);
+  const float of_p = (abs(e) < (0.5f * p) ? psi(e, p) : (e - p_log_mixture_over_p(d, p, q, a)));
+  const float of_q = (abs(u) < (0.5f * q) ? psi(u, q) : (u - q_log_mixture_over_q(d, p, q, a)));
+  return ((weight_of_p(a) * of_p) + (weight_of_q(a) * of_q));
 }
 
-FD_INLINE float js_dlp(float d, float p, float, float a) {
-  return (p > 0.0f ? (((a - 1.0f) * p) * log_mixture_over_p(d, a)) : 0.0f);
+FD_INLINE float js_dlp(float d, float p, float q, float a) {
+  return (-weight_of_p(a) * p_log_mixture_over_p(d, p, q, a));
 }
 
-FD_INLINE float js_dlq(float d, float, float q, float a) {
-  return (q > 0.0f ? ((-a * q) * log_mixture_over_q(d, a)) : 0.0f);
+FD_INLINE float js_dlq(float d, float p, float q, float a) {
+  return (-weight_of_q(a) * q_log_mixture_over_q(d, p, q, a));
 }
 
 FD_INLINE float tv_value(float d, float p, float q, float) {
   return (0.5f * (abs(d) < 0.5f ? (q * abs((d + phi(d)))) : abs((p - q))));
 }
 
-FD_INLINE float tv_dlp(float d, float p, float, float) {
-  return (d > 0.0f ? (0.5f * p) : (d < 0.0f ? (-0.5f * p) : 0.0f));
+FD_INLINE float tv_dlp(float d, float p, float q, float) {
+  return (d > 0.0f ? (0.5f * p) : (d < 0.0f ? (-0.5f * p) : ((0.0f * p) * q)));
 }
 
-FD_INLINE float tv_dlq(float d, float, float q, float) {
-  return (d > 0.0f ? (-0.5f * q) : (d < 0.0f ? (0.5f * q) : 0.0f));
+FD_INLINE float tv_dlq(float d, float p, float q, float) {
+  return (d > 0.0f ? (-0.5f * q) : (d < 0.0f ? (0.5f * q) : ((0.0f * p) * q)));
 }
 
 }  // namespace fd

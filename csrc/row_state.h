@@ -11,6 +11,13 @@ FD_INLINE double log_sum(const Normaliser& n) { return std::log1p(n.tail); }
 // An offset that may be subtracted: a row of -inf so far has none yet.
 FD_INLINE float offset(const Normaliser& n) { return n.max == -INFINITY ? 0.0f : static_cast<float>(n.max); }
 
+// A logit above this is the row's maximum: the exponentials of all others together are less than a half.
+// Infinite where no logit is known to be.
+FD_INLINE float above_others(const Normaliser& n, double inverse_temperature) {
+  const bool alone = n.tail < 0.5 && n.max > -INFINITY;
+  return alone ? static_cast<float>(n.max - 0.25 / inverse_temperature) : INFINITY;
+}
+
 // Raises a normaliser's maximum; returns the shift in z.  An infinite logit spoils the row.
 FD_INLINE double raise(Normaliser& n, double max, double inverse_temperature) {
   const double shift = n.max == -INFINITY ? 0.0 : (max - n.max) * inverse_temperature;

@@ -137,8 +137,10 @@ FD_INLINE Moments exponentials(const float* x, int64_t n, float max, float it, f
 
 // z_x - z_y of two models, up to a constant `norm`.  Where the maxima are close, x - y keeps digits that x -
 // x_max and y - y_max have each lost; where they are far apart it is the other way round.
+// `apart` is x_max - y_max rounded like x - y, so that where both are at their maxima nothing is left of
+// them.
 struct Difference {
-  float x_offset = 0.0f, y_offset = 0.0f, rest, it;
+  float x_offset = 0.0f, y_offset = 0.0f, apart = 0.0f, rest, it;
   bool far;
   Difference(float x_max, float y_max, double norm, float it) : it(it) {
     const double shift = (static_cast<double>(x_max) - y_max) * it;
@@ -146,11 +148,13 @@ struct Difference {
     if (far) {
       x_offset = x_max;
       y_offset = y_max;
+    } else {
+      apart = x_max - y_max;
     }
-    rest = static_cast<float>(far ? norm : shift + norm);
+    rest = static_cast<float>(norm);
   }
-  float operator()(float x, float y) const { return ((x - x_offset) - (y - y_offset)) * it - rest; }
-  float near(float x, float y) const { return (x - y) * it - rest; }
+  float operator()(float x, float y) const { return (((x - x_offset) - (y - y_offset)) - apart) * it - rest; }
+  float near(float x, float y) const { return ((x - y) - apart) * it - rest; }
 };
 
 struct PairSums {
@@ -202,6 +206,20 @@ struct Frame {
     if (n.max == -INFINITY) log_norm = NAN;
   }
 };
+
+// The chunk with the row's maximum as the normaliser has it.  A product of hidden states that was formed once
+// more, in another shape, may have rounded it otherwise; where one entry has most of the mass the digits of
+// its gradient are in that difference.
+FD_INLINE const float* settled(const float* x, int64_t n, const Normaliser& normaliser, float it,
+                               float* buffer) {
+  const float max = offset(normaliser), cut = above_others(normaliser, it);
+  if (cut == INFINITY) return x;
+  const float top = maximum(x, n);
+  if (!(top > cut) || top == max) return x;
+#pragma omp simd
+  for (int64_t i = 0; i < n; ++i) buffer[i] = x[i] > cut ? max : x[i];
+  return buffer;
+}
 
 // p, q and d = log p - log q of one chunk.  d is formed from the difference of the logits.
 FD_INLINE void compare(const float* x, const float* y, int64_t n, const RowState& s, float it, float* p,
@@ -299,10 +317,11 @@ FD_INLINE void polynomial(const float* x, int64_t n, const Frame& frame, float i
   }
 }
 
-// Back through t(x): out = g * dt/dx / temperature, and exactly 0 where the logit is -inf.
+// Back through t(x): out = g * dt/dx / temperature, and exactly 0 where the logit is -inf.  The softcap's
+// slope 1 / cosh^2 comes from its argument: near saturation 1 - tanh^2 has no digits.  `out` may be `raw`.
 template <typename T>
-FD_INLINE void store(const float* g, const float* t, int64_t n, float it, float scale, float softcap,
-                     T* out) {
+FD_INLINE void store(const float* g, const float* t, const T* raw, int64_t n, float it, float scale,
+                     float softcap, T* out) {
   const float factor = it * scale;
   if (softcap == 0.0f) {
 #pragma omp simd
@@ -310,23 +329,27 @@ FD_INLINE void store(const float* g, const float* t, int64_t n, float it, float 
   } else {
 #pragma omp simd
     for (int64_t i = 0; i < n; ++i) {
-      const float capped = t[i] / softcap;
-      narrow(g[i] * (factor * (1.0f - capped * capped)), out[i]);
+      const float e = exp(-2.0f * abs(widen(raw[i]) * scale / softcap)), whole = 1.0f + e;
+      narrow(g[i] * (factor * (4.0f * e / (whole * whole))), out[i]);
     }
   }
 }
 
 FD_INLINE void store(const Logits& side, const float* g, const float* t, int64_t n, float it,
                      const Target& target, int64_t row, int64_t column) {
-  void* out = target.data;
-  const int64_t at = first_of(target, row) + column;
+  const int64_t from = first_of(side, row) + column, at = first_of(target, row) + column;
+  const auto as = [&](auto kind) __attribute__((always_inline)) {
+    using T = decltype(kind);
+    store(g, t, static_cast<const T*>(side.data) + from, n, it, side.scale, side.softcap,
+          static_cast<T*>(target.data) + at);
+  };
   switch (side.dtype) {
     case kFloat32:
-      return store(g, t, n, it, side.scale, side.softcap, static_cast<float*>(out) + at);
+      return as(float{});
     case kFloat16:
-      return store(g, t, n, it, side.scale, side.softcap, static_cast<_Float16*>(out) + at);
+      return as(_Float16{});
     default:
-      return store(g, t, n, it, side.scale, side.softcap, static_cast<BFloat16*>(out) + at);
+      return as(BFloat16{});
   }
 }
 
@@ -371,10 +394,13 @@ FD_TARGET void accumulate_row(const Accumulate& args, int64_t row) {
     }
     if (args.wanted & kSquares) s.squares += beside_maximum(x, p, n, x_max, x_raised, true);
     if (args.wanted & kSum) {
-      float sum = 0.0f;
+      for (int64_t begin = 0; begin < n; begin += kStrand) {
+        const int64_t end = std::min(begin + kStrand, n);
+        float sum = 0.0f;
 #pragma omp simd reduction(+ : sum)
-      for (int64_t i = 0; i < n; ++i) sum += x[i];
-      s.sum += sum;
+        for (int64_t i = begin; i < end; ++i) sum += x[i];
+        s.sum += sum;
+      }
     }
     if (pair) {
       const float y_max = offset(s.teacher);
@@ -382,10 +408,17 @@ FD_TARGET void accumulate_row(const Accumulate& args, int64_t row) {
       const Moments taught = exponentials<false>(y, n, y_max, it, q, y_ahead);
       const double y_tail = y_top == y_max ? beside_maximum(y, q, n, y_max, y_raised, false) : taught.sum;
       s.teacher.tail += y_tail;
-      if (which) {
+      const double own_p = x_tail + (x_raised ? 1.0 : 0.0), own_q = y_tail + (y_raised ? 1.0 : 0.0);
+      const double all_p = total(s.student), all_q = total(s.teacher);
+      if (which && (all_p == 0.0 || all_q == 0.0)) {
+        // A model without any probability so far: the terms are the other's exponentials, or infinite.  The
+        // normaliser's own sum, so that it leaves without a rest when that is taken off.
+        s.forward += all_q == 0.0 ? own_p : own_q > 0.0 ? INFINITY : 0.0;
+        s.reverse += all_p == 0.0 ? own_q : own_p > 0.0 ? INFINITY : 0.0;
+      } else if (which) {
         // Summed with p scaled by k, so that both models weigh about the same and no large terms cancel. Then
         // d is off by log k, which is put right in double.
-        const double ratio = total(s.teacher) / total(s.student);
+        const double ratio = all_q / all_p;
         const float k = ratio > 1e-30 && ratio < 1e30 ? static_cast<float>(ratio) : 1.0f;
         const double log_k = std::log(static_cast<double>(k));
         const Difference difference(x_max, y_max, -log_k, it);
@@ -402,9 +435,8 @@ FD_TARGET void accumulate_row(const Accumulate& args, int64_t row) {
         const PairSums t = which == kForward   ? sums(forward, none)
                            : which == kReverse ? sums(none, reverse)
                                                : sums(forward, reverse);
-        const double sum_p = k * (x_tail + (x_raised ? 1.0 : 0.0)), sum_q = y_tail + (y_raised ? 1.0 : 0.0);
-        s.forward += shift_kl(t.forward, log_k, 0.0, sum_p, sum_q);
-        s.reverse += shift_kl(t.reverse, 0.0, log_k, sum_q, sum_p);
+        s.forward += shift_kl(t.forward, log_k, 0.0, k * own_p, own_q);
+        s.reverse += shift_kl(t.reverse, 0.0, log_k, own_q, k * own_p);
       }
     }
     for (int64_t k = 0; k < tile.labels_per_row; ++k) {
@@ -461,8 +493,9 @@ FD_TARGET void gradient_row(const Gradient& args, int64_t row) {
 
   for (int64_t c = 0; c < tile.columns; c += kChunk) {
     const int64_t n = std::min(kChunk, tile.columns - c);
-    const float* x = chunk(tile.student, row, c, n, x_buffer);
-    const float* y = pair ? chunk(tile.teacher, row, c, n, y_buffer) : nullptr;
+    const float* x = settled(chunk(tile.student, row, c, n, x_buffer), n, s.student, it, x_buffer);
+    const float* y =
+        pair ? settled(chunk(tile.teacher, row, c, n, y_buffer), n, s.teacher, it, y_buffer) : nullptr;
     prefetch(address(tile.student, row, c + n), n * width(tile.student));
     if (pair) {
       prefetch(address(tile.teacher, row, c + n), n * width(tile.teacher));
@@ -470,7 +503,7 @@ FD_TARGET void gradient_row(const Gradient& args, int64_t row) {
       std::fill(dx, dx + n, 0.0f);
       if (args.teacher.data) {
 #pragma omp simd
-        for (int64_t i = 0; i < n; ++i) dy[i] = e0 * q[i];
+        for (int64_t i = 0; i < n; ++i) dy[i] = e0 == 0.0f ? 0.0f : e0 * q[i];
       }
       for (int64_t i = 0; i < args.terms.count; ++i)
         add_gradients(args.terms.divergence[i], args.terms.parameter[i], gains[i], d, p, q, n, dx,

@@ -52,6 +52,10 @@ class Divergence:
     def dlq(self) -> Pointwise:
         return self._function("dlq")
 
+    def argument(self, parameter: float) -> float:
+        """A parameter as `pointwise` takes it: a float32 near 1 has no digits for what is missing to 1."""
+        return parameter - 1.0 if self.parameter and parameter > 0.5 else parameter
+
     def _function(self, kind: str) -> Pointwise:
         function: Pointwise = getattr(pointwise, f"{self.name}_{kind}")
         return function

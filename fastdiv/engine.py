@@ -166,6 +166,8 @@ def _on_chip(problem: Problem, sums: Sums) -> bool:
     if request.workspace or len(problem.student) == 1 or problem.teacher or request.second_look:
         return False
     hidden, weight, *bias = problem.student
+    if not hidden.shape[-1]:
+        return False
     rows = problem.gather(hidden.reshape(-1, hidden.shape[-1]))
     projection = Projection(rows, weight, bias[0] if bias else None, request.student)
     tokens = problem.every_token

@@ -2,7 +2,8 @@
 
 `csrc/language.h` has the same names for float.
 
-`phi(d) = exp(d) - 1 - d` and `psi(u) = u - log(1 + u)` are what every f-divergence is made of near equality: both are
+`phi(d) = exp(d) - 1 - d` and u - log(1 + u), the latter as `psi`, are what every f-divergence is made of near equality:
+both are
 non-negative and of second order, so they must not be formed by subtraction.  Each is a polynomial, valid for
 the arguments they are given there, with as many terms as the dtype needs.
 """
@@ -46,10 +47,10 @@ def phi(d: Tensor) -> Tensor:
     return d * d * _horner(d, [1.0 / math.factorial(k) for k in range(2, 2 + terms)])
 
 
-def psi(u: Tensor) -> Tensor:
-    """u - log(1 + u) for -0.5 <= u <= 0.65: with s = u / (2 + u), log(1 + u) = 2 atanh(s) and
-    psi = s (u - 2 s^2 (1/3 + s^2/5 + ...))."""
-    terms = 18 if u.dtype == torch.float64 else 8
-    s = u / (2.0 + u)
+def psi(e: Tensor, w: Tensor) -> Tensor:
+    """e - w log(1 + e / w), or w (u - log(1 + u)) with u = e / w, for -0.5 <= u <= 0.65: with s = u / (2 + u),
+    log(1 + u) = 2 atanh(s) and the result is s (e - 2 w s^2 (1/3 + s^2/5 + ...))."""
+    terms = 18 if e.dtype == torch.float64 else 8
+    s = e / (2.0 * w + e)
     t = s * s
-    return s * (u - 2.0 * t * _horner(t, [1.0 / (2 * k + 3) for k in range(terms)]))
+    return s * (e - 2.0 * w * t * _horner(t, [1.0 / (2 * k + 3) for k in range(terms)]))

@@ -57,9 +57,10 @@ class Request:
 
     @property
     def divergences(self) -> tuple[tuple[Divergence, float], ...]:
-        """The divergences among the outputs, with their parameters."""
+        """The divergences among the outputs, with their parameters as `pointwise` takes them."""
         pairs = zip(self.outputs, self.scalars[5:], strict=True)
-        return tuple((DIVERGENCES[name], parameter) for name, parameter in pairs if name in DIVERGENCES)
+        known = ((DIVERGENCES[name], parameter) for name, parameter in pairs if name in DIVERGENCES)
+        return tuple((divergence, divergence.argument(parameter)) for divergence, parameter in known)
 
     @property
     def compared(self) -> tuple[tuple[Divergence, float], ...]:

@@ -157,7 +157,7 @@ class Projected:
         self._shape, self._dtype, self._index, self._transform = hidden.shape, hidden.dtype, index, transform
         same = hidden.dtype == self._weight.dtype and hidden.dtype in (torch.float16, torch.bfloat16)
         self._operand = hidden.dtype if hidden.device.type == "cuda" and same else work
-        flat = hidden.reshape(-1, hidden.shape[-1])
+        flat = hidden.reshape(math.prod(hidden.shape[:-1]), hidden.shape[-1])  # its width may be 0
         self._hidden = (flat if index is None else flat[index]).to(self._operand)
         self._work = work
         self._buffer = torch.empty(tile_size, dtype=work, device=hidden.device)

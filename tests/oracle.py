@@ -25,8 +25,14 @@ def _log_ratio_times(weight: Number, top: Number, bottom: Number) -> Number:
     return -mpmath.inf if top == 0 else weight * mpmath.log(top / bottom)
 
 
+def _weights(a: Number) -> tuple[Number, Number]:
+    """Of q and of p; a negative `a` is beta - 1."""
+    return (1 + a, -a) if a < 0 else (a, 1 - a)
+
+
 def _mixture(p: Number, q: Number, a: Number) -> Number:
-    return a * q + (1 - a) * p
+    of_q, of_p = _weights(a)
+    return of_q * q + of_p * p
 
 
 # Each is (p, q, a) -> number; derivatives are with respect to log p and log q.
@@ -41,18 +47,19 @@ TERMS: dict[str, Callable[[Number, Number, Number], Number]] = {
     "jeffreys_dlp": lambda p, q, a: _log_ratio_times(p, p, q) + p - q,
     "jeffreys_dlq": lambda p, q, a: _log_ratio_times(q, q, p) + q - p,
     "js_value": lambda p, q, a: (
-        a * _log_ratio_times(q, q, _mixture(p, q, a)) + (1 - a) * _log_ratio_times(p, p, _mixture(p, q, a))
+        _weights(a)[0] * _log_ratio_times(q, q, _mixture(p, q, a))
+        + _weights(a)[1] * _log_ratio_times(p, p, _mixture(p, q, a))
     ),
-    "js_dlp": lambda p, q, a: (1 - a) * _log_ratio_times(p, p, _mixture(p, q, a)),
-    "js_dlq": lambda p, q, a: a * _log_ratio_times(q, q, _mixture(p, q, a)),
+    "js_dlp": lambda p, q, a: _weights(a)[1] * _log_ratio_times(p, p, _mixture(p, q, a)),
+    "js_dlq": lambda p, q, a: _weights(a)[0] * _log_ratio_times(q, q, _mixture(p, q, a)),
     "tv_value": lambda p, q, a: abs(p - q) / 2,
     "tv_dlp": lambda p, q, a: mpmath.sign(p - q) * p / 2,
     "tv_dlq": lambda p, q, a: -mpmath.sign(p - q) * q / 2,
 }
 
-PARAMETERS = (0.5, 0.1, 0.9)
+PARAMETERS = (0.5, 0.1, 0.9, 1e-6, -1e-6)
 # Both sides of every threshold, and far from them; 1.4 and 1.1 show a threshold that moved outwards.
-_SIZES = (0.0, 1e-6, 1e-3, 0.1, 0.3, 0.4999, 0.5001, 1.1, 1.4, 3.0, 20.0)
+_SIZES = (0.0, 1e-6, 1e-3, 0.1, 0.3, 0.4999, 0.5001, 0.8, 1.1, 1.4, 3.0, 20.0)
 _BASES = (1.0, 0.3, 1e-6)
 
 

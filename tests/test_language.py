@@ -21,7 +21,7 @@ EXACT: dict[str, Callable[[mpmath.mpf], mpmath.mpf]] = {
     "exp": mpmath.exp,
     "log": mpmath.log,
     "phi": lambda d: mpmath.expm1(d) - d,
-    "psi": lambda u: u - mpmath.log1p(u),
+    "psi": lambda u: u - mpmath.log1p(u),  # with a weight of 1
 }
 
 
@@ -49,7 +49,7 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, Tensor]
         '#include "language.h"\n'
         + "".join(
             f'extern "C" void {name}_v(const float* x, float* o, long n) '
-            f"{{ for (long i = 0; i < n; ++i) o[i] = fd::{name}(x[i]); }}\n"
+            f"{{ for (long i = 0; i < n; ++i) o[i] = fd::{name}(x[i]{', 1.0f' * (name == 'psi')}); }}\n"
             for name in EXACT
         )
     )
@@ -80,6 +80,13 @@ def _worst_ulps(name: str, x: Tensor, got: Tensor) -> float:
     return float(max(errors))
 
 
+def in_torch(name: str, x: Tensor) -> Tensor:
+    if name == "psi":
+        return language.psi(x, torch.ones_like(x))
+    result: Tensor = getattr(language, name)(x)
+    return result
+
+
 @pytest.mark.parametrize("name", EXACT)
 def test_cpp_in_float(compiled: Callable[[str, Tensor], Tensor], name: str) -> None:
     x = DOMAIN[name].contiguous()
@@ -89,13 +96,20 @@ def test_cpp_in_float(compiled: Callable[[str, Tensor], Tensor], name: str) -> N
 @pytest.mark.parametrize("name", EXACT)
 def test_torch_in_float64(name: str) -> None:
     x = DOMAIN[name].double()
-    assert _worst_ulps(name, x, getattr(language, name)(x)) <= 8.0
+    assert _worst_ulps(name, x, in_torch(name, x)) <= 8.0
 
 
 @pytest.mark.parametrize("name", EXACT)
 def test_torch_in_float32(name: str) -> None:
     x = DOMAIN[name]
-    assert _worst_ulps(name, x, getattr(language, name)(x)) <= 8.0
+    assert _worst_ulps(name, x, in_torch(name, x)) <= 8.0
+
+
+def test_psi_of_a_weight() -> None:
+    u = DOMAIN["psi"].double()
+    for weight in (0.25, 4.0):
+        w = torch.full_like(u, weight)
+        torch.testing.assert_close(language.psi(u * w, w), weight * in_torch("psi", u), rtol=1e-15, atol=0.0)
 
 
 def test_exp_at_its_ends(compiled: Callable[[str, Tensor], Tensor]) -> None:

@@ -23,7 +23,11 @@ _SWAP: dict[type[ast.AST], type[ast.AST]] = {
 
 # Changes that change nothing: (function, the node's text).  At d = 0 the near branch decides, so which side of
 # `d > 0` it is on is never seen.
-EQUIVALENT = {("log_mixture_over_p", "d > 0.0")}
+EQUIVALENT = {
+    ("log_mixture", "d > 0.0"),
+    ("p_log_mixture_over_p", "d > 0.0"),
+    ("q_log_mixture_over_q", "d < 0.0"),
+}
 
 
 def _changes(node: ast.AST) -> Iterator[ast.AST]:

@@ -114,6 +114,12 @@ struct Columns {
   FD_DEVICE float transformed(float x) const {
     return softcap == 0.0f ? x * scale : softcap * tanh(x * scale / softcap);
   }
+  // The softcap's slope at a logit as it lies in memory, 1 / cosh^2: near saturation 1 - tanh^2 has no
+  // digits.
+  FD_DEVICE float cap_slope(float x) const {
+    const float e = exp(-2.0f * abs(x * scale / softcap)), whole = 1.0f + e;
+    return divided(4.0f * e, whole * whole);
+  }
   // Transformed logits; -inf outside the row, where a pack is not known to be whole.
   template <bool kWhole, int N>
   FD_DEVICE void transform(int column, float (&t)[N]) const {
@@ -187,12 +193,14 @@ struct Row : Columns {
     return raw[0];
   }
 
+  FD_DEVICE void unpacked(const uint4& raw, float (&x)[kPack<T>]) const { unpack(raw, x, T{}); }
   template <bool kWhole>
   FD_DEVICE void read(const uint4& raw, int column, float (&t)[kPack<T>]) const {
-    unpack(raw, t, T{});
+    unpacked(raw, t);
     transform<kWhole>(column, t);
   }
-  FD_DEVICE float at(int column) const { return transformed(widen(first[column])); }
+  FD_DEVICE float raw_at(int column) const { return widen(first[column]); }
+  FD_DEVICE float at(int column) const { return transformed(raw_at(column)); }
 };
 
 // A dtype that is known when the kernel runs, for two models that differ; packs of 4.
@@ -243,12 +251,16 @@ struct Row<Any> : Columns {
     if (dtype == kFloat32) return from_bits(x);
     return dtype == kFloat16 ? widen(Float16{static_cast<uint16_t>(x)}) : from_bits(x << 16);
   }
+  FD_DEVICE void unpacked(const uint4& raw, float (&x)[4]) const {
+    x[0] = widened(raw.x), x[1] = widened(raw.y), x[2] = widened(raw.z), x[3] = widened(raw.w);
+  }
   template <bool kWhole>
   FD_DEVICE void read(const uint4& raw, int column, float (&t)[4]) const {
-    t[0] = widened(raw.x), t[1] = widened(raw.y), t[2] = widened(raw.z), t[3] = widened(raw.w);
+    unpacked(raw, t);
     transform<kWhole>(column, t);
   }
-  FD_DEVICE float at(int column) const { return transformed(widened(bits(column))); }
+  FD_DEVICE float raw_at(int column) const { return widened(bits(column)); }
+  FD_DEVICE float at(int column) const { return transformed(raw_at(column)); }
 };
 
 template <bool kValue>

@@ -89,6 +89,7 @@ FD_KERNEL void FD_BOUNDS(kMostThreads, Terms::kPair ? 2 : 4) gradient_kernel(con
 
   // Gradients with respect to z at logits t and u, where the labels' gains add up to `gain` elsewhere.
   const auto slopes = [&](float t, float u, float gain, float& g, float& h) {
+    t = frame.settled_x(t);
     const float lp = frame.log_p(t, it), p = exp(lp);
     g = (c0 - gain) * p;
     if (polynomial) {
@@ -96,8 +97,9 @@ FD_KERNEL void FD_BOUNDS(kMostThreads, Terms::kPair ? 2 : 4) gradient_kernel(con
       g += p * (bounded * (c1 + bounded * c2) + c3 * p) + c4;
     }
     if constexpr (kPair) {
+      u = frame.settled_y(u);
       const float q = exp(frame.log_q(u, it));
-      h = e0 * q;
+      h = e0 == 0.0f ? 0.0f : e0 * q;
       Terms::add(args, c + 6, frame.log_ratio(t, u, it), p, q, g, h);
     }
     return lp;
@@ -115,10 +117,12 @@ FD_KERNEL void FD_BOUNDS(kMostThreads, Terms::kPair ? 2 : 4) gradient_kernel(con
 #pragma unroll
     for (int j = 0; j < kWide; ++j) slopes(t[j], u[j], label_total, g[j], h[j]);
     if (wanted) {
+      through_softcap(x, x_raw, g);
       taken_back(x, it, t, g);
       dx.template store<whole.value>(x, column, g);
     }
     if (wanted_too) {
+      if constexpr (kPair) through_softcap(y, y_raw, h);
       taken_back(y, it, u, h);
       dy.template store<whole.value>(y, column, h);
     }

@@ -28,6 +28,7 @@ struct Labels {
       for (int64_t l = 0; l < count; ++l) same += labels[l] == labels[k] ? gains[l] : 0.0f;
       const float lp = slope(place(k), t[0], same, g[0]);
       g[0] -= same == 0.0f ? 0.0f : same * expm1f(lp);
+      if (x.softcap != 0.0f) g[0] *= x.cap_slope(x.raw_at(place(k)));
       taken_back(x, it, t, g);
       exact[k] = g[0];
     }

@@ -51,17 +51,20 @@ struct Sink {
   }
 };
 
-// Gradients with respect to z taken back through temperature and transform; 0 at -inf.
+// Gradients times the slope of the softcap at a pack of logits.
+template <typename Row, int N>
+FD_DEVICE void through_softcap(const Row& row, const uint4& raw, float (&g)[N]) {
+  if (row.softcap == 0.0f) return;
+  float x[N];
+  row.unpacked(raw, x);
+#pragma unroll
+  for (int i = 0; i < N; ++i) g[i] *= row.cap_slope(x[i]);
+}
+
+// Gradients with respect to z taken back through temperature and scale; 0 at -inf.
 template <int N>
 FD_DEVICE void taken_back(const Columns& row, float it, const float (&t)[N], float (&g)[N]) {
   const float slope = it * row.scale;
-  if (row.softcap != 0.0f) {
-#pragma unroll
-    for (int i = 0; i < N; ++i) {
-      const float capped = t[i] / row.softcap;
-      g[i] *= 1.0f - capped * capped;
-    }
-  }
 #pragma unroll
   for (int i = 0; i < N; ++i) g[i] = t[i] == -INFINITY ? 0.0f : g[i] * slope;
 }

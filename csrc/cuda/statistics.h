@@ -36,19 +36,20 @@ struct Kl {
     }                                                                                     \
   };
 FD_COMPARED_TERM(tv)
+// js_value, js_dlp and js_dlq of pointwise.h, with what they share formed once.
 struct js_term {
   static constexpr int kSums = 3;
   static constexpr bool kIsForward = false, kIsReverse = false;
   FD_DEVICE static void add(float d, float p, float q, float a, float (&sums)[kSums]) {
-    const float b = 1.0f - a, up = phi(d) + d, down = phi(-d) - d;
-    const float u = b * up, w = a * down, psi_u = psi(u), psi_w = psi(w);
-    const bool near = abs(d) < 0.5f, positive = d > 0.0f;
-    const float mixture = log((positive ? b : a) + (positive ? a : b) * exp(-abs(d)));
-    const float far_p = p > 0.0f ? p * (mixture - min_nan(d, 0.0f)) : 0.0f;
-    const float far_q = q > 0.0f ? q * (mixture + max_nan(d, 0.0f)) : 0.0f;
-    const float over_p = chosen(near, p * (w - psi_w), far_p), over_q = chosen(near, q * (u - psi_u), far_q);
-    const float dlp = -b * over_p, dlq = -a * over_q;
-    sums[0] += chosen(near, a * q * psi_u + b * p * psi_w, dlp + dlq);
+    const float of_q = weight_of_q(a), of_p = weight_of_p(a), e = mixture_beyond_p(d, p, q, a),
+                u = mixture_beyond_q(d, p, q, a), psi_e = psi(e, p), psi_u = psi(u, q),
+                mixture = log_mixture(d, a);
+    const bool near_p = abs(e) < 0.5f * p, near_q = abs(u) < 0.5f * q;
+    const float far_p = p <= 0.0f ? 0.0f : p * (mixture - (d > 0.0f ? 0.0f : d));
+    const float far_q = q <= 0.0f ? 0.0f : q * (mixture + (d < 0.0f ? 0.0f : d));
+    const float over_p = chosen(near_p, e - psi_e, far_p), over_q = chosen(near_q, u - psi_u, far_q);
+    const float dlp = -of_p * over_p, dlq = -of_q * over_q;
+    sums[0] += of_p * chosen(near_p, psi_e, e - far_p) + of_q * chosen(near_q, psi_u, u - far_q);
     sums[1] += dlp;
     sums[2] += dlq;
   }

@@ -71,6 +71,7 @@ FD_KERNEL void FD_BOUNDS(kMostThreads, 2) value_and_gradient_kernel(const ValueA
       const float lp = frame.log_p(t[j], it);
       g[j] = slope(lp, exp(lp), label_total);
     }
+    through_softcap(x, kept[column / kWide], g);
     taken_back(x, it, t, g);
     dx.template store<false>(x, column, g);
   }

@@ -22,12 +22,20 @@ def _read(rows: Rows, part: slice, work: torch.dtype) -> Tensor:
     return transform(raw.to(work), rows.transform.scale, rows.transform.softcap)
 
 
-def _write(rows: Rows, part: slice, gradient: Tensor, logits: Tensor, inverse_temperature: Tensor) -> None:
-    """Stores a gradient with respect to z, taken back through temperature and transform; 0 at -inf logits."""
+def _taken_back(rows: Rows, part: slice, gradient: Tensor, logits: Tensor, inverse_temperature: Tensor) -> Tensor:
+    """A gradient with respect to z taken back through temperature and transform of `rows`; 0 at -inf logits.
+
+    The softcap's slope 1 / cosh^2 comes from its argument: near saturation 1 - tanh^2 has no digits.
+    """
     slope = inverse_temperature[:, None] * rows.transform.scale
     if rows.transform.softcap:
-        slope = slope * (1.0 - (logits / rows.transform.softcap) ** 2)
-    value = torch.where(logits == -torch.inf, 0.0, gradient * slope)
+        raw = rows.tensor[rows.unravelled(part)].to(logits.dtype)
+        e = torch.exp(-2.0 * (raw * rows.transform.scale / rows.transform.softcap).abs())
+        slope = slope * (4.0 * e / (1.0 + e) ** 2)
+    return torch.where(logits == -torch.inf, 0.0, gradient * slope)
+
+
+def _write(rows: Rows, part: slice, value: Tensor) -> None:
     rows.tensor[rows.unravelled(part)] = value.to(rows.tensor.dtype)
 
 
@@ -49,13 +57,22 @@ def _shifted(x: Tensor, maximum: Tensor) -> Tensor:
 def _log_ratio(x: Tensor, y: Tensor, max_x: Tensor, max_y: Tensor, norm: Tensor, it: Tensor) -> Tensor:
     """z_x - z_y - norm.  Where the maxima are close, x - y keeps digits that x - max_x and y - max_y have each lost;
     where they are far apart it is the other way round."""
-    max_x, max_y = _offset(max_x), _offset(max_y)
-    shift = (max_x - max_y) * it
-    far = shift.abs() > 8.0
-    difference = (x - torch.where(far, max_x, 0.0).to(x.dtype)[:, None]) - (
-        y - torch.where(far, max_y, 0.0).to(x.dtype)[:, None]
-    )
-    return difference * it.to(x.dtype)[:, None] - torch.where(far, norm, shift + norm).to(x.dtype)[:, None]
+    max_x, max_y = (_offset(m).to(x.dtype)[:, None] for m in (max_x, max_y))
+    apart = max_x - max_y  # rounded like x - y: where both are at their maxima nothing is left of them
+    far = (apart * it.to(x.dtype)[:, None]).abs() > 8.0
+    difference = (x - torch.where(far, max_x, 0.0)) - (y - torch.where(far, max_y, 0.0)) - torch.where(far, 0.0, apart)
+    return difference * it.to(x.dtype)[:, None] - norm.to(x.dtype)[:, None]
+
+
+def _settled(x: Tensor, maximum: Tensor, tail: Tensor, it: Tensor) -> Tensor:
+    """`x` with the row's maximum as its normaliser has it, where the others' exponentials together are below a half.
+
+    A product of hidden states that was formed once more, in another shape, may have rounded it otherwise; where one
+    entry has most of the mass the digits of its gradient are in that difference.
+    """
+    alone = (tail < 0.5) & (maximum > -torch.inf)
+    cut = torch.where(alone, maximum - 0.25 / it, torch.inf).to(x.dtype)[:, None]
+    return torch.where(x > cut, maximum.to(x.dtype)[:, None], x)
 
 
 def _sum(x: Tensor) -> Tensor:
@@ -79,10 +96,13 @@ class _Growing:
         self.maximum = new
         self.z = _shifted(x, new) * inverse_temperature.to(x.dtype)[:, None]
         self.p = torch.exp(self.z)
-        self.top = x == new.to(x.dtype)[:, None]
+        self.top = (x == new.to(x.dtype)[:, None]) & (new > -torch.inf)[:, None]
         old_tail = torch.where(self.raised, self.old_total * torch.exp(-self.shift), tail)
         old_tail = torch.where(new == torch.inf, torch.nan, old_tail)
-        self.tail = old_tail + self.beside_maximum(self.p)
+        beside = self.beside_maximum(self.p)
+        self.own = beside + self.raised.double()  # the sum over this tile
+        self.tail = old_tail + beside
+        self.total = torch.where(new == -torch.inf, self.tail, 1.0 + self.tail)
 
     def beside_maximum(self, p: Tensor) -> Tensor:
         """The sum over this tile, leaving out the one maximum that the state counts apart."""
@@ -91,6 +111,13 @@ class _Growing:
 
 def _fade(x: Tensor, factor: Tensor) -> Tensor:
     return torch.where(factor == 0.0, 0.0, x * factor)
+
+
+def _balance(total_p: Tensor, total_q: Tensor, work: torch.dtype) -> tuple[Tensor, Tensor]:
+    """(k, log k), float64: with p scaled by k both models weigh about the same, and no large terms cancel."""
+    ratio = total_q / total_p
+    k = torch.where((ratio > 1e-30) & (ratio < 1e30), ratio, 1.0).to(work).double()
+    return k, torch.log(k)
 
 
 def _shift_kl(kl: Tensor, a: Tensor, b: Tensor, sum_p: Tensor, sum_q: Tensor) -> Tensor:
@@ -131,16 +158,17 @@ def _add_labels(
     """dx + sum_k gain_k ([v = label_k] - p); at the labels themselves 1 - p = -expm1(log p) keeps its digits."""
     labels, gains = prepared.labels[part], prepared.gains[part]
     total = gains.sum(1, keepdim=True)
-    same = (gains[:, None, :] * (labels[:, None, :] == labels[:, :, None])).sum(2)
     at = labels - tile.first_column
     here = (at >= 0) & (at < tile.columns)
     inside = at.clamp(0, tile.columns - 1)
+    # Labels outside the tile write into a column of their own, which is dropped.
+    place = torch.where(here, at, tile.columns)
+    same = gains.new_zeros(x.shape[0], tile.columns + 1).scatter_add(1, place, gains).gather(1, inside)
     it = tile.tokens.inverse_temperature[part].double()[:, None]
     lp = (x.gather(1, inside).double() - state["max"][:, None]) * it - log_norm[:, None]
     exact = dx.gather(1, inside) - (same * torch.expm1(lp) + (total - same) * torch.exp(lp)).to(dx.dtype)
-    # Labels outside the tile write into a column of their own, which is dropped.
     spare = torch.cat([dx - total * p, dx[:, :1]], 1)
-    return spare.scatter(1, torch.where(here, at, tile.columns), exact)[:, :-1]
+    return spare.scatter(1, place, exact)[:, :-1]
 
 
 class Reference(Backend):
@@ -179,13 +207,17 @@ class Reference(Backend):
                 taught = _Growing(y, s["teacher_max"], s["teacher_tail"], it)
                 s["teacher_max"], s["teacher_tail"] = taught.maximum, taught.tail
                 if wanted & (WANTED["forward"] | WANTED["reverse"]):
-                    b, p, q = taught.shift, grown.p, taught.p
-                    d = _log_ratio(x, y, grown.maximum, taught.maximum, torch.zeros_like(it), it)
-                    none = torch.zeros((), dtype=x.dtype, device=x.device)
+                    k, log_k = _balance(grown.total, taught.total, x.dtype)
+                    b, p, q = taught.shift, grown.p * k.to(x.dtype)[:, None], taught.p
+                    d = _log_ratio(x, y, grown.maximum, taught.maximum, -log_k, it)
+                    none, still = torch.zeros((), dtype=x.dtype, device=x.device), torch.zeros_like(it)
                     forward = _shift_kl(s["forward"], a, b, total, taught.old_total)
                     reverse = _shift_kl(s["reverse"], b, a, taught.old_total, total)
-                    s["forward"] = forward + _sum(DIVERGENCES["forward_kl"].value(d, p, q, none))
-                    s["reverse"] = reverse + _sum(DIVERGENCES["reverse_kl"].value(d, p, q, none))
+                    own_p, own_q = k * grown.own, taught.own
+                    own = _sum(DIVERGENCES["forward_kl"].value(d, p, q, none))
+                    s["forward"] = forward + _shift_kl(own, log_k, still, own_p, own_q)
+                    own = _sum(DIVERGENCES["reverse_kl"].value(d, p, q, none))
+                    s["reverse"] = reverse + _shift_kl(own, still, log_k, own_q, own_p)
             state[part] = torch.stack([s[name] for name in STATE], 1)
             self._labels(tile, part, x, label_logits)
 
@@ -221,7 +253,7 @@ class Reference(Backend):
         for part in _parts(tile):
             s = dict(zip(STATE, state[part].unbind(1), strict=True))
             it, c = tile.tokens.inverse_temperature[part], prepared.c[part]
-            x = _read(tile.student, part, it.dtype)
+            x = _settled(_read(tile.student, part, it.dtype), s["max"], s["tail"], it.double())
             log_norm = torch.log1p(s["tail"])
             lp = _log_probs(x, s["max"], log_norm, it.double())
             p = torch.exp(lp)
@@ -230,8 +262,9 @@ class Reference(Backend):
             dx = p * (c0 + c3 * p) + c1 * p_lp + c2 * _times(p_lp, lp) + c4
             if tile.teacher:
                 y = _read(tile.teacher, part, it.dtype)
+                y = _settled(y, s["teacher_max"], s["teacher_tail"], it.double())
                 pair = _Compared(x, y, s, it.double())
-                dy = e0 * pair.q
+                dy = torch.where(e0 == 0.0, 0.0, e0 * pair.q)  # nothing of the teacher's, whatever it is
                 for i, (divergence, parameter) in enumerate(prepared.terms):
                     a = torch.full((), parameter, dtype=x.dtype, device=x.device)
                     g = c[:, COEFFICIENTS + i, None]
@@ -239,7 +272,8 @@ class Reference(Backend):
                     dy = dy + g * divergence.dlq(pair.d, pair.p, pair.q, a)
             dx = _add_labels(tile, prepared, part, x, dx, p, s, log_norm)
             # Both gradients are formed before either is stored: a target may be the logits' own memory.
-            if student is not None:
-                _write(student, part, dx, x, it)
+            dx = _taken_back(tile.student, part, dx, x, it)
             if teacher is not None and tile.teacher:
-                _write(teacher, part, dy, y, it)
+                _write(teacher, part, _taken_back(tile.teacher, part, dy, y, it))
+            if student is not None:
+                _write(student, part, dx)

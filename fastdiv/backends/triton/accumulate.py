@@ -121,7 +121,7 @@ def accumulate(
         log_k = tl.zeros([ROWS], tl.float32)
         x_shift = tl.zeros([ROWS], tl.float32)
         y_shift = tl.zeros([ROWS], tl.float32)
-        rest = tl.zeros([ROWS], tl.float32)
+        apart = tl.zeros([ROWS], tl.float32)
     if FORWARD:
         forward = tl.zeros([ROWS, BLOCK], tl.float32)
     if REVERSE:
@@ -151,13 +151,15 @@ def accumulate(
 
         # The branches below are rare: few of a row's blocks hold its maximum so far.
         if KL:
-            if any_of(x_raised | y_raised):
+            # Also after each doubling of the columns: a model's sum grows without its maximum.
+            moved = x_raised | y_raised | ((start & (start - BLOCK)) == 0)
+            if any_of(moved):
                 x_old = x_tail + total(x_max, 0.0)[:, None] * lane_0
                 y_old = y_tail + total(y_max, 0.0)[:, None] * lane_0
                 ratio = tl.sum(tl.exp(-b)[:, None] * y_old + f, 1) / tl.sum(tl.exp(-a)[:, None] * x_old + e, 1)
                 usable = (ratio > 1e-18) & (ratio < 1e18)
                 new_log_k = tl.where(usable, tl.log(tl.where(usable, ratio, 1.0)), 0.0)
-                new_log_k = tl.where(x_raised | y_raised, new_log_k, log_k)
+                new_log_k = tl.where(moved, new_log_k, log_k)
                 x_move = (a - (new_log_k - log_k))[:, None]
                 y_move = b[:, None]
                 x_fade = tl.exp(-x_move)
@@ -167,17 +169,21 @@ def accumulate(
                 if FORWARD:
                     growth = growth_of(x_move, y_move, x_fade, y_fade)
                     forward = shifted_kl(forward, growth, s, y_fade, x_old, y_old)
+                    # While the teacher has no probability the terms are p: as the normaliser has them, without a rest.
+                    forward = tl.where((y_max == -float("inf"))[:, None], x_fade * x_old, forward)
                 if REVERSE:
                     growth = growth_of(y_move, x_move, y_fade, x_fade)
                     reverse = shifted_kl(reverse, growth, -s, x_fade, y_old, x_old)
+                    reverse = tl.where((x_max == -float("inf"))[:, None], y_fade * y_old, reverse)
                 log_k = new_log_k
-                apart = (offset(x_new).to(tl.float64) - offset(y_new)) * it
-                far = tl.abs(apart) > 8.0
+                apart = offset(x_new) - offset(y_new)
+                far = tl.abs(apart * it) > 8.0
                 x_shift = tl.where(far, offset(x_new), 0.0)
                 y_shift = tl.where(far, offset(y_new), 0.0)
-                rest = (tl.where(far, 0.0, apart) - log_k).to(tl.float32)
+                apart = tl.where(far, 0.0, apart)
             p = tl.exp(log_k)[:, None] * e
-            d = ((t - x_shift[:, None]) - (u - y_shift[:, None])) * it[:, None] - rest[:, None]
+            d = ((t - x_shift[:, None]) - (u - y_shift[:, None])) - apart[:, None]
+            d = d * it[:, None] + log_k[:, None]
             if FORWARD:
                 forward += forward_kl_value(d, p, f, 0.0)
             if REVERSE:
@@ -242,8 +248,10 @@ def accumulate(
         forward_sum = shifted_kl(
             row_sum(forward), back - 1.0, -log_k, tl.full([ROWS], 1.0, tl.float64), p_total, q_total
         )
+        forward_sum = tl.where(y_max == -float("inf"), total(x_max, x_sum), forward_sum)
     if REVERSE:
         reverse_sum = shifted_kl(row_sum(reverse), 1.0 - back, log_k, back, q_total, p_total)
+        reverse_sum = tl.where(x_max == -float("inf"), q_total, reverse_sum)
 
     state += row * FIELDS
     if FRESH:

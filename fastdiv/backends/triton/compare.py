@@ -55,6 +55,7 @@ def compare(
     x_shift = framed(frame, row, here, 4)
     y_shift = framed(frame, row, here, 5)
     rest = framed(frame, row, here, 6)
+    apart = framed(frame, row, here, 8)
     value = tl.zeros([ROWS, BLOCK], tl.float32)
     dlp = tl.zeros([ROWS, BLOCK], tl.float32)
     dlq = tl.zeros([ROWS, BLOCK], tl.float32)
@@ -65,7 +66,7 @@ def compare(
         u = read(y_first, column, inside, y_scale, y_softcap, Y_KIND)
         p = tl.exp((t - x_max) * it - x_norm)
         q = tl.exp((u - y_max) * it - y_norm)
-        d = ((t - x_shift) - (u - y_shift)) * it - rest
+        d = (((t - x_shift) - (u - y_shift)) - apart) * it - rest
         value += tl.where(inside, VALUE(d, p, q, parameter), 0.0)
         dlp += tl.where(inside, DLP(d, p, q, parameter), 0.0)
         dlq += tl.where(inside, DLQ(d, p, q, parameter), 0.0)

@@ -15,12 +15,19 @@ from fastdiv.backends.triton.rows import CAPPED, COUNTS, FLOOR, FRAME, SCALED, a
 
 
 @function
-def write(gradient, first, column, inside, g, t, it, scale, softcap, KIND: tl.constexpr):
-    """Stores a gradient with respect to z, taken back through temperature and transform; 0 at -inf logits."""
+def through_softcap(g, first, column, inside, scale, softcap, KIND: tl.constexpr):
+    """A gradient times the softcap's slope 1 / cosh^2, from its argument: near saturation 1 - tanh^2 has no digits."""
     if KIND == CAPPED:
-        capped = tl.div_rn(t, softcap + tl.zeros_like(t))
-        g = g * (it * scale * (1.0 - capped * capped))
-    elif KIND == SCALED:
+        x = tl.load(first[:, None] + column[None, :], mask=inside, other=0.0).to(tl.float32)
+        e = tl.exp(-2.0 * tl.abs(x * scale / softcap))
+        g = g * (4.0 * e / ((1.0 + e) * (1.0 + e)))
+    return g
+
+
+@function
+def write(gradient, first, column, inside, g, t, it, scale, KIND: tl.constexpr):
+    """Stores a gradient with respect to z, taken back through temperature and scale; 0 at -inf logits."""
+    if KIND == CAPPED or KIND == SCALED:
         g = g * (it * scale)
     else:
         g = g * it
@@ -90,11 +97,14 @@ def gradient(
         x_shift = framed(frame, row, here, 4)
         y_shift = framed(frame, row, here, 5)
         rest = framed(frame, row, here, 6)
+        apart = framed(frame, row, here, 8)
+        y_cut = framed(frame, row, here, 10)
         e0 = tl.load(coefficients + 5, mask=here, other=0.0)[:, None]
     if dy is not None:
         dy_first = first_of(dy, dy_offsets, dy_stride, row, here)
     x_max = framed(frame, row, here, 0)
     x_norm = framed(frame, row, here, 1)
+    x_cut = framed(frame, row, here, 9)
     if LABELS > 0:
         slot = tl.arange(0, LABEL_BLOCK)[None, :]
         at = row[:, None] * LABELS + slot
@@ -107,7 +117,8 @@ def gradient(
         inside = here[:, None] & (column < columns)[None, :]
         present = inside & active[:, None]  # a row that does not take part has logits of -inf, so gradients of 0
         t = read(x_first, column, present, x_scale, x_softcap, X_KIND)
-        lp = (t - x_max) * it - x_norm
+        v = tl.where(t > x_cut, x_max, t)
+        lp = (v - x_max) * it - x_norm
         p = tl.exp(lp)
         g = c0 * p
         if POLYNOMIAL:
@@ -131,17 +142,22 @@ def gradient(
                 g -= label_total * p
         if y is not None:
             u = read(y_first, column, present, y_scale, y_softcap, Y_KIND)
-            q = tl.exp((u - y_max) * it - y_norm)
-            d = ((t - x_shift) - (u - y_shift)) * it - rest
-            h = e0 * q
+            w = tl.where(u > y_cut, y_max, u)
+            q = tl.exp((w - y_max) * it - y_norm)
+            d = (((v - x_shift) - (w - y_shift)) - apart) * it - rest
+            h = tl.where(e0 == 0.0, 0.0, e0 * q)
             for i in tl.static_range(len(DLP)):
                 gain = tl.load(coefficients + 6 + i, mask=here, other=0.0)[:, None]
                 g += gain * DLP[i](d, p, q, parameters[i])
                 if dy is not None:
                     h += gain * DLQ[i](d, p, q, parameters[i])
+        if dx is not None:
+            g = through_softcap(g, x_first, column, present, x_scale, x_softcap, X_KIND)
+        if dy is not None:
+            h = through_softcap(h, y_first, column, present, y_scale, y_softcap, Y_KIND)
         if NARROWER:
             tl.debug_barrier()  # the gradient may lie in the first half of its row of logits, whose others still read
         if dx is not None:
-            write(dx, dx_first, column, inside, g, t, it, x_scale, x_softcap, X_KIND)
+            write(dx, dx_first, column, inside, g, t, it, x_scale, X_KIND)
         if dy is not None:
-            write(dy, dy_first, column, inside, h, u, it, y_scale, y_softcap, Y_KIND)
+            write(dy, dy_first, column, inside, h, u, it, y_scale, Y_KIND)

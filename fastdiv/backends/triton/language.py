@@ -59,9 +59,9 @@ def phi(d):
 
 
 @function
-def psi(u):
-    """u - log(1 + u) for -0.5 <= u <= 0.65, by log(1 + u) = 2 atanh(s), s = u / (2 + u)."""
-    s = u / (2.0 + u)
+def psi(e, w):
+    """w (u - log(1 + u)) with u = e / w, for -0.5 <= u <= 0.65, by log(1 + u) = 2 atanh(s), s = u / (2 + u)."""
+    s = e / (2.0 * w + e)
     t = s * s
     p = 0.06666667 * t + 0.07692308
     p = p * t + 0.09090909
@@ -69,7 +69,7 @@ def psi(u):
     p = p * t + 0.14285715
     p = p * t + 0.2
     p = p * t + 0.33333334
-    return s * (u - 2.0 * t * p)
+    return s * (e - 2.0 * w * (t * p))
 
 
 @function

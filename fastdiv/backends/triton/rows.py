@@ -19,7 +19,7 @@ PLAIN, SCALED, CAPPED = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 FIELDS = tl.constexpr(len(STATE))
 """Columns of the state, in the order of `fastdiv.statistics.STATE`."""
 
-FRAME = tl.constexpr(8)
+FRAME = tl.constexpr(11)
 """Columns of what `scalars.frames` makes of the state."""
 
 COUNTS = ("rows", "first_column", "compared_stride", "labels_per_row", "ignore_index")
@@ -96,6 +96,16 @@ def total(maximum, tail):
 @function
 def row_sum(lanes):
     return tl.sum(lanes, 1).to(tl.float64)
+
+
+@function
+def above_others(maximum, tail, it):
+    """A logit above this is the row's maximum: the exponentials of all others together are less than a half.
+
+    A product of hidden states that was formed once more, in another shape, may have rounded the maximum otherwise;
+    where one entry has most of the mass the digits of its gradient are in that difference.
+    """
+    return tl.where((tail < 0.5) & (maximum > -float("inf")), maximum - 0.25 / it, float("inf"))
 
 
 @function

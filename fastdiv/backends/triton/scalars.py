@@ -22,7 +22,7 @@ from fastdiv.backends.triton.language import (
     logsumexp,
     varentropy,
 )
-from fastdiv.backends.triton.rows import COUNTS, FIELDS, FRAME, offset, taking_part
+from fastdiv.backends.triton.rows import COUNTS, FIELDS, FRAME, above_others, offset, taking_part
 
 
 @function
@@ -33,16 +33,17 @@ def column(state, here, INDEX: tl.constexpr):
 
 @function
 def write_frame(frame, state, it, row, here, active):
-    """Student's maximum and log-norm, teacher's maximum and log-norm; then for d = z_x - z_y - log-norms either both
-    maxima and the rest, or, where the maxima are close and x - y keeps more digits, two zeros and all of it; then
-    whether the row takes part."""
+    """Student's maximum and log-norm, teacher's maximum and log-norm; then for d = z_x - z_y - log-norms what is
+    subtracted from each logit: both maxima, or zeros where the maxima are close and x - y keeps more digits; the
+    log-norms' difference; whether the row takes part; the maxima's difference where that is still to be subtracted,
+    rounded as x - y is; above which logits of either model are its maximum."""
     x_max = column(state, here, 0)
     y_max = column(state, here, 7)
     x_norm = log_norm(x_max, column(state, here, 1))
     y_norm = log_norm(y_max, column(state, here, 8))
-    apart = (offset(x_max) - offset(y_max)) * it
-    far = tl.abs(apart) > 8.0
-    rest = tl.where(far, 0.0, apart) + (x_norm - y_norm)
+    apart = offset(x_max) - offset(y_max)
+    far = tl.abs(apart * it) > 8.0
+    rest = x_norm - y_norm
     frame += row * FRAME
     tl.store(frame, offset(x_max).to(tl.float32), mask=here)
     tl.store(frame + 1, x_norm.to(tl.float32), mask=here)
@@ -52,6 +53,9 @@ def write_frame(frame, state, it, row, here, active):
     tl.store(frame + 5, tl.where(far, offset(y_max), 0.0).to(tl.float32), mask=here)
     tl.store(frame + 6, rest.to(tl.float32), mask=here)
     tl.store(frame + 7, active.to(tl.float32), mask=here)
+    tl.store(frame + 8, tl.where(far, 0.0, apart).to(tl.float32), mask=here)
+    tl.store(frame + 9, above_others(x_max, column(state, here, 1), it).to(tl.float32), mask=here)
+    tl.store(frame + 10, above_others(y_max, column(state, here, 8), it).to(tl.float32), mask=here)
 
 
 @function
