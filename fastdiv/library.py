@@ -8,6 +8,8 @@ A side's tensors are [logits], [hidden, weight] or [hidden, weight, bias]; an em
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -69,7 +71,7 @@ def _stats_fake(
     outputs = [
         x.new_empty(shape, dtype=output_dtype(name, work)) for shape, name in zip(shapes, asked.outputs, strict=True)
     ]
-    tokens = lead.numel()
+    tokens = math.prod(lead)  # lead.numel() would fix the number of tokens for a compiled graph
     state = x.new_empty((tokens, len(STATE)), dtype=torch.float64)
     return [*outputs, state, x.new_empty((tokens, len(asked.compared), 3), dtype=torch.float64)]
 
