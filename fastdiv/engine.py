@@ -274,6 +274,8 @@ def differentiate(problem: Problem, weights: dict[str, Tensor], overwrite: bool)
     student, teacher = problem.sides(tiles, [not overwrite, *([False] * len(problem.teacher))])
     assert isinstance(student, Given)
     if overwrite:
+        # Kernels write by address, which autograd does not see: who saved these logits must hear of it.
+        torch.autograd.graph.increment_version(problem.student)
         student.overwrite()
     flat = {name: problem.gather(w) for name, w in weights.items()}
     whole = slice(0, problem.vocabulary)

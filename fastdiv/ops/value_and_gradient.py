@@ -42,7 +42,8 @@ def value_and_gradient(
         logits: [*, V], a tensor or `Logits`; float16, bfloat16, float32 (float64 with the reference backend).
         labels: [*] or [*, K], as in `token_stats`; None if no output needs them.
         weights: output -> its weights: [*] ([*, K] for outputs per label, if labels are), or one number for all.
-        overwrite: the gradient takes the place of the logits, which must be contiguous: no memory of their size.
+        overwrite: the gradient takes the place of the logits, which must be contiguous and share no memory with another
+            argument: no memory of their size.  Autograd hears of it: a graph that saved the logits raises.
         teacher, beta, temperature, mask, ignore_index, backend: as in `token_stats`; the teacher gets no gradient.
 
     Returns:
@@ -52,7 +53,8 @@ def value_and_gradient(
     Raises:
         As `token_stats`; TypeError for `LinearLogits` (`linear_loss` serves those) and for weights that are neither
         numbers nor floating tensors; ValueError for outputs without a gradient, for weights of another shape or
-        device, and where `overwrite` is asked of logits that are not contiguous.
+        device, and where `overwrite` is asked of logits that are not contiguous or whose memory another argument
+        has.
 
     Memory beyond inputs and results: O(tokens).
 
@@ -90,6 +92,11 @@ def value_and_gradient(
         call.temperature,
     )
     given = {name: _weights(operator, name, weight, problem) for name, weight in weights.items()}
+    if overwrite:
+        read = {"labels": call.labels, "mask": call.mask, "temperature": call.temperature}
+        read |= {"teacher": call.tensors[1]} if len(call.tensors) == 2 else {}
+        read |= {f"weights of {name!r}": value for name, value in given.items()}
+        _check_apart(operator, tensor, read)
     outputs, gradient = engine.differentiate(problem, given, overwrite)
     return TokenStats(zip(call.request.outputs, outputs, strict=True)), gradient
 
@@ -112,3 +119,25 @@ def _weights(operator: str, name: str, value: object, problem: engine.Problem) -
             f"on {value.device}"
         )
     return value.reshape(flat)
+
+
+def _check_apart(operator: str, written: Tensor, read: Mapping[str, Tensor | None]) -> None:
+    """Raise if what is written over is also read as something else."""
+    begin, end = _extent(written)
+    for name, tensor in read.items():
+        if tensor is None or tensor.device != written.device:
+            continue
+        first, last = _extent(tensor)
+        if first < end and begin < last:
+            raise ValueError(
+                f"{operator}: overwrite needs logits whose memory nothing else has, got {name} in the same memory; "
+                "clone() one of them"
+            )
+
+
+def _extent(tensor: Tensor) -> tuple[int, int]:
+    """The addresses between which a tensor lies; nothing of an empty one."""
+    if tensor.numel() == 0:
+        return 0, 0
+    count = 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return tensor.data_ptr(), tensor.data_ptr() + count * tensor.element_size()
