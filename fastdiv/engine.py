@@ -19,6 +19,8 @@ from fastdiv.tiles import Given, Projected, Projection, Side, Tile
 
 _LOG = logging.getLogger("fastdiv")
 
+_shaped = torch.ops.aten._unsafe_view.default
+
 TokenLoss = Callable[[dict[str, Tensor], Tensor], Tensor]
 
 
@@ -33,6 +35,7 @@ class Problem:
         labels: Tensor | None,
         mask: Tensor | None,
         temperature: Tensor | None,
+        *,
         drop_rows: bool = False,
     ) -> None:
         """`drop_rows`: masked rows must not appear at all, even to a backend that would skip them."""
@@ -145,8 +148,9 @@ class Problem:
     def outputs(self, sums: Sums) -> list[Tensor]:
         """The outputs of all tokens, in their shapes."""
         values = self.backend.finish(self.request, self.every_token, sums)
+        # Not a view, which could not be written in place once a graph is recorded.
         return [
-            self.scatter(value).reshape(self.label_shape if per_label(name) else self.lead)
+            _shaped(self.scatter(value).contiguous(), self.label_shape if per_label(name) else self.lead)
             for name, value in zip(self.request.outputs, values, strict=True)
         ]
 
@@ -257,7 +261,7 @@ def fused(problem: Problem, token_loss: TokenLoss, needs: list[bool]) -> tuple[T
         with torch.enable_grad():
             shaped = {n: v[:, 0] if per_label(n) and single else v for n, v in leaves.items()}
             loss = token_loss(shaped, numbers[rows])
-        _check_token_loss(loss, rows.stop - rows.start)
+        check_token_loss(loss, rows.stop - rows.start)
         total += loss.detach().double().sum()
         if not any(needs):
             continue
@@ -300,7 +304,8 @@ def _derivatives(loss: Tensor, leaves: list[Tensor]) -> tuple[Tensor | None, ...
     return torch.autograd.grad(loss, leaves, torch.ones_like(loss), allow_unused=True)
 
 
-def _check_token_loss(loss: object, rows: int) -> None:
+def check_token_loss(loss: object, rows: int) -> None:
+    """Raise unless a token loss gave one number per row."""
     if not isinstance(loss, Tensor) or loss.shape != (rows,):
         got = tuple(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
         raise ValueError(f"linear_loss: token_loss must return a tensor [{rows}], one loss per row, got {got}")

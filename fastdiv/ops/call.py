@@ -6,9 +6,9 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from fastdiv import backends, checks
+from fastdiv import backends, checks, plain
 from fastdiv.request import Request, Transform
-from fastdiv.sources import Source
+from fastdiv.sources import LinearLogits, Logits, Source
 
 
 class Call(NamedTuple):
@@ -37,6 +37,10 @@ def prepare(
     workspace: int | None,
 ) -> Call:
     """Checks everything once; the result is passed down unchanged."""
+    given: dict[str, object] = {"labels": labels, "mask": mask, "temperature": temperature}
+    _parts(given, "student" if teacher is not None else "logits", student)
+    _parts(given, "teacher", teacher)
+    plain.check(operator, given)
     own = checks.source(operator, "student" if teacher is not None else "logits", student)
     other = None if teacher is None else checks.teacher(operator, own, teacher)
     names = checks.outputs(operator, outputs, labels is not None, other is not None)
@@ -60,3 +64,11 @@ def prepare(
         per_token,
         own.tensors + (other.tensors if other else ()),
     )
+
+
+def _parts(given: dict[str, object], name: str, source: object) -> None:
+    """Adds the tensors of a source, by their names."""
+    if isinstance(source, LinearLogits):
+        given |= {f"{name}.hidden": source.hidden, f"{name}.weight": source.weight, f"{name}.bias": source.bias}
+    else:
+        given[name] = source.tensor if isinstance(source, Logits) else source

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
+import torch
 from torch import Tensor
 
+from fastdiv import plain
 from fastdiv.autograd import LinearLoss
 from fastdiv.checks import describe
-from fastdiv.ops.call import prepare
-from fastdiv.ops.stats import TokenStats
-from fastdiv.sources import LinearLogits, Source
+from fastdiv.engine import check_token_loss
+from fastdiv.ops.call import Call, prepare
+from fastdiv.ops.stats import TokenStats, outputs_of
+from fastdiv.sources import LinearLogits, Source, work_dtype
 
 
 def linear_loss(
@@ -50,6 +54,9 @@ def linear_loss(
 
     Memory beyond inputs and gradients: the workspace and O(tokens H).
 
+    Where torch.compile, a transform of torch.func or a dispatch mode looks on, `token_loss` is called once, with all
+    tokens (what it gives for those that take no part is dropped), and the backward takes the fourth product.
+
     >>> head = LinearLogits(torch.zeros(3, 4), torch.zeros(8, 4, requires_grad=True))
     >>> linear_loss(head, torch.tensor([1, 2, 3]), lambda stats, rows: -stats.log_prob)
     tensor(6.2383, grad_fn=<LinearLossBackward>)
@@ -72,6 +79,9 @@ def linear_loss(
         workspace=workspace,
     )
 
+    if plain.transformed() or plain.watched(*call.tensors, call.labels, call.mask, call.temperature):
+        return _in_one_piece(call, token_loss)
+
     def loss(stats: dict[str, Tensor], rows: Tensor) -> Tensor:
         return token_loss(TokenStats(stats), rows)
 
@@ -79,3 +89,20 @@ def linear_loss(
         call.request, loss, call.students, call.labels, call.mask, call.temperature, *call.tensors
     )
     return result
+
+
+def _in_one_piece(call: Call, token_loss: Callable[[TokenStats, Tensor], Tensor]) -> Tensor:
+    """The same sum by `fastdiv::stats` and autograd, so that whoever traces the call sees `token_loss`."""
+    lead = call.tensors[0].shape[:-1]
+    tokens, labels, active = math.prod(lead), call.labels, call.mask
+    if labels is not None:
+        counts = labels != call.request.ignore_index
+        counts = counts if labels.shape == lead else counts.any(-1)
+        active = counts if active is None else active & counts
+    values = zip(call.request.outputs, outputs_of(call), strict=True)
+    stats = TokenStats({name: value.reshape(tokens, *value.shape[len(lead) :]) for name, value in values})
+    loss = token_loss(stats, torch.arange(tokens, device=call.tensors[0].device))
+    check_token_loss(loss, tokens)
+    if active is not None:
+        loss = loss.masked_fill(~active.reshape(tokens), 0.0)
+    return loss.double().sum().to(work_dtype(*(t.dtype for t in call.tensors)))
