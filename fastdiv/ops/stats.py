@@ -22,6 +22,13 @@ class TokenStats(dict[str, Tensor]):
         except KeyError:
             raise AttributeError(f"{name!r} was not among the outputs {tuple(self)}") from None
 
+    def __reduce__(self) -> tuple[type[TokenStats], tuple[dict[str, Tensor]]]:
+        """As a call with a plain dict, which `torch.load` takes by default."""
+        return TokenStats, (dict(self),)
+
+
+torch.serialization.add_safe_globals([TokenStats])
+
 
 def run(operator: str, student: Tensor | Source, labels: Tensor | None, **options: object) -> TokenStats:
     """The one way from a public operator to the kernels."""
