@@ -265,9 +265,7 @@ def fused(problem: Problem, token_loss: TokenLoss, needs: list[bool]) -> tuple[T
         total += loss.detach().double().sum()
         if not any(needs):
             continue
-        names = [n for n, v in leaves.items() if v.requires_grad and loss.requires_grad]
-        grads = _derivatives(loss, [leaves[n] for n in names])
-        upstream = {n: g for n, g in zip(names, grads, strict=True) if g is not None}
+        upstream = _derivatives(loss, {n: v for n, v in leaves.items() if v.requires_grad})
         _gradient(problem, sums, student, teacher, rows, [(whole, tile)], upstream)
     return total.to(problem.work), student.gradients() + (teacher.gradients() if teacher else [])
 
@@ -298,10 +296,18 @@ def differentiate(problem: Problem, weights: dict[str, Tensor], overwrite: bool)
     return problem.outputs(sums), gradient
 
 
-def _derivatives(loss: Tensor, leaves: list[Tensor]) -> tuple[Tensor | None, ...]:
-    if not leaves:
-        return ()
-    return torch.autograd.grad(loss, leaves, torch.ones_like(loss), allow_unused=True)
+def _derivatives(loss: Tensor, leaves: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The gradients of statistics that a token loss uses.  Raises RuntimeError if it uses none."""
+    found: tuple[Tensor | None, ...] = ()
+    if loss.requires_grad and leaves:
+        found = torch.autograd.grad(loss, list(leaves.values()), torch.ones_like(loss), allow_unused=True)
+    upstream = {name: g for name, g in zip(leaves, found, strict=False) if g is not None}
+    if not upstream:
+        raise RuntimeError(
+            "linear_loss: token_loss must give a differentiable function of the statistics, got one whose graph has "
+            f"none of {', '.join(leaves) or 'them'} (were they detached?)"
+        )
+    return upstream
 
 
 def check_token_loss(loss: object, rows: int) -> None:

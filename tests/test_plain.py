@@ -148,7 +148,7 @@ def test_vmap_is_refused() -> None:
             torch.func.vmap(call)(given)
     with pytest.raises(RuntimeError, match="entropy: vmap over logits is not supported"):
         torch.func.vmap(torch.func.grad(fastdiv.entropy))(X)
-    with pytest.raises(RuntimeError, match="vmap .* is not supported"):
+    with pytest.raises(RuntimeError, match=r"vmap .* is not supported"):
         torch.func.jacrev(fastdiv.entropy)(X)
 
 

@@ -50,7 +50,8 @@ def linear_loss(
         The sum, 0-dim float32 (float64 for float64 input).  Its gradients reach the tensors of `head` and `teacher`.
 
     Raises:
-        As `token_stats`; ValueError if `token_loss` does not return one number per row.
+        As `token_stats`; ValueError if `token_loss` does not return one number per row; RuntimeError if a gradient is
+        asked for and what it returns does not depend on the statistics, as where they are detached.
 
     Memory beyond inputs and gradients: the workspace and O(tokens H).
 
@@ -85,8 +86,10 @@ def linear_loss(
     def loss(stats: dict[str, Tensor], rows: Tensor) -> Tensor:
         return token_loss(TokenStats(stats), rows)
 
+    # A function is told to form gradients also where no graph is recorded.
+    tensors = call.tensors if torch.is_grad_enabled() else [t.detach() for t in call.tensors]
     result: Tensor = LinearLoss.apply(  # type: ignore[no-untyped-call]
-        call.request, loss, call.students, call.labels, call.mask, call.temperature, *call.tensors
+        call.request, loss, call.students, call.labels, call.mask, call.temperature, *tensors
     )
     return result
 
@@ -103,6 +106,9 @@ def _in_one_piece(call: Call, token_loss: Callable[[TokenStats, Tensor], Tensor]
     stats = TokenStats({name: value.reshape(tokens, *value.shape[len(lead) :]) for name, value in values})
     loss = token_loss(stats, torch.arange(tokens, device=call.tensors[0].device))
     check_token_loss(loss, tokens)
+    wanted = torch.is_grad_enabled() and any(t.requires_grad for t in call.tensors)
+    if wanted and not loss.requires_grad and not torch.compiler.is_compiling():
+        raise RuntimeError("linear_loss: token_loss must give a differentiable function of the statistics")
     if active is not None:
         loss = loss.masked_fill(~active.reshape(tokens), 0.0)
     return loss.double().sum().to(work_dtype(*(t.dtype for t in call.tensors)))
