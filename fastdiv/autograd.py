@@ -141,10 +141,12 @@ class LinearLoss(torch.autograd.Function):
         needs = list(ctx.needs_input_grad[6:])
         total, gradients = engine.fused(problem, token_loss, needs)
         ctx.save_for_backward(*gradients)
+        ctx.dtypes = [t.dtype for t in tensors]
         return total
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         with torch.no_grad():
-            gradients = [None if g is None else g * upstream for g in ctx.saved_tensors]
+            pairs = zip(ctx.saved_tensors, ctx.dtypes, strict=True)
+            gradients = [None if g is None else (g * upstream).to(dtype) for g, dtype in pairs]
         return (None,) * 6 + _final(gradients, torch.zeros((), device=upstream.device, requires_grad=True))

@@ -6,6 +6,7 @@ import logging
 import math
 import os
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
@@ -20,6 +21,12 @@ from fastdiv.tiles import Given, Projected, Projection, Side, Tile
 _LOG = logging.getLogger("fastdiv")
 
 _shaped = torch.ops.aten._unsafe_view.default
+
+
+def exact(device: torch.device) -> AbstractContextManager[object]:
+    """No autocast: which dtype a product has is said by the request, and everything else is float32 or float64."""
+    return torch.autocast(device.type, enabled=False) if torch.is_autocast_enabled(device.type) else nullcontext()
+
 
 TokenLoss = Callable[[dict[str, Tensor], Tensor], Tensor]
 
@@ -115,16 +122,21 @@ class Problem:
         )  # fmt: skip
         return result
 
-    def sides(self, tiles: Plan, needs: list[bool]) -> tuple[Side, Side | None]:
-        """Student and teacher; `needs` says which of their tensors want a gradient."""
+    def sides(self, tiles: Plan, needs: list[bool], unscaled: bool = False) -> tuple[Side, Side | None]:
+        """Student and teacher; `needs` says which of their tensors want a gradient, `unscaled` that a loss scale is yet
+        to come, so that those in float16 stay in float32."""
         size = min(tiles.rows, self.rows) * tiles.columns
         one_visit = tiles.rows >= self.rows
 
         def side(tensors: list[Tensor], which: str, needs: list[bool]) -> Side:
             transform = self.request.student if which == "student" else self.request.teacher
             if len(tensors) == 1:
+                if unscaled and needs[0] and tensors[0].dtype == torch.float16:
+                    tensors = [tensors[0].to(self.work)]  # kernels write a gradient in the dtype of its logits
                 return Given(tensors, transform, self.index, needs)
-            return Projected(tensors, transform, self.index, needs, self.work, size, one_visit)
+            return Projected(
+                tensors, transform, self.index, needs, self.work, size, one_visit, self.request.operand, unscaled
+            )
 
         count = len(self.student)
         teacher = side(self.teacher, "teacher", needs[count:]) if self.teacher else None
@@ -167,7 +179,7 @@ class Problem:
 def _on_chip(problem: Problem, sums: Sums) -> bool:
     """All sums of a call that asks for the least memory, where the backend takes one model's hidden states itself."""
     request = problem.request
-    if request.workspace or len(problem.student) == 1 or problem.teacher or request.second_look:
+    if request.workspace or len(problem.student) == 1 or problem.teacher or request.second_look or request.products:
         return False
     hidden, weight, *bias = problem.student
     rows = problem.gather(hidden.reshape(-1, hidden.shape[-1]))
@@ -246,15 +258,19 @@ def backward(
 
 
 def fused(problem: Problem, token_loss: TokenLoss, needs: list[bool]) -> tuple[Tensor, list[Tensor | None]]:
-    """(sum of token_loss over all rows, gradients): each row's logits are formed once and serve both directions."""
+    """(sum of token_loss over all rows, gradients): each row's logits are formed once and serve both directions.
+
+    Gradients of float16 tensors are float32: a loss scale, which keeps them in float16's range, comes later.
+    """
     tiles = problem.plan(full_rows=True)
-    student, teacher = problem.sides(tiles, needs)
+    student, teacher = problem.sides(tiles, needs, unscaled=True)
     whole = slice(0, problem.vocabulary)
     total = torch.zeros((), dtype=torch.float64, device=problem.device)
     sums, numbers = problem.empty_sums(), problem.numbers
     for rows in tiles.row_slices(problem.rows):
-        tile = _accumulate(problem, sums, student, teacher, tiles, rows)
-        outputs = problem.backend.finish(problem.request, problem.every_token.part(rows), sums.part(rows))
+        with exact(problem.device):
+            tile = _accumulate(problem, sums, student, teacher, tiles, rows)
+            outputs = problem.backend.finish(problem.request, problem.every_token.part(rows), sums.part(rows))
         values = dict(zip(problem.request.outputs, outputs, strict=True))
         leaves = {n: v.detach().requires_grad_(v.is_floating_point() and any(needs)) for n, v in values.items()}
         single = len(problem.label_shape) == len(problem.lead)
@@ -266,7 +282,8 @@ def fused(problem: Problem, token_loss: TokenLoss, needs: list[bool]) -> tuple[T
         if not any(needs):
             continue
         upstream = _derivatives(loss, {n: v for n, v in leaves.items() if v.requires_grad})
-        _gradient(problem, sums, student, teacher, rows, [(whole, tile)], upstream)
+        with exact(problem.device):
+            _gradient(problem, sums, student, teacher, rows, [(whole, tile)], upstream)
     return total.to(problem.work), student.gradients() + (teacher.gradients() if teacher else [])
 
 

@@ -25,7 +25,7 @@ from fastdiv.sources import work_dtype
 from fastdiv.statistics import STATE, output_dtype, per_label
 
 LIBRARY = torch.library.Library("fastdiv", "DEF")
-_REQUEST = "str outputs, float[] scalars, int ignore_index, str backend, int workspace"
+_REQUEST = "str outputs, float[] scalars, int ignore_index, str backend, int workspace, str products"
 _BESIDE = "Tensor? labels, Tensor? mask, Tensor? temperature"
 _TENSORS = f"Tensor[] student, Tensor[] teacher, {_BESIDE}"
 LIBRARY.define(f"stats({_TENSORS}, {_REQUEST}) -> Tensor[]")
@@ -41,7 +41,7 @@ _Beside = tuple[Tensor | None, Tensor | None, Tensor | None]  # labels, mask, te
 _Tensors = Sequence[Tensor]
 
 
-def arguments(request: Request) -> tuple[str, list[float], int, str, int]:
+def arguments(request: Request) -> tuple[str, list[float], int, str, int, str]:
     """A request as the operators' plain arguments."""
     return (
         ",".join(request.outputs),
@@ -49,12 +49,13 @@ def arguments(request: Request) -> tuple[str, list[float], int, str, int]:
         request.ignore_index,
         request.backend,
         request.workspace,
+        request.products,
     )
 
 
-def request(outputs: str, scalars: list[float], ignore_index: int, backend: str, workspace: int) -> Request:
+def request(outputs: str, scalars: list[float], *rest: Any) -> Request:
     """The request of an operator's plain arguments."""
-    return Request(tuple(outputs.split(",")), tuple(scalars), ignore_index, backend, workspace)
+    return Request(tuple(outputs.split(",")), tuple(scalars), *rest)
 
 
 def stats(asked: Request, student: _Tensors, teacher: _Tensors, *beside: Tensor | None) -> list[Tensor]:
@@ -65,7 +66,8 @@ def stats(asked: Request, student: _Tensors, teacher: _Tensors, *beside: Tensor 
 
 
 def _run_stats(asked: Request, student: _Tensors, teacher: _Tensors, *beside: Tensor | None) -> list[Tensor]:
-    outputs, state, compared = engine.forward(engine.Problem(asked, list(student), list(teacher), *beside))
+    with engine.exact(student[0].device):
+        outputs, state, compared = engine.forward(engine.Problem(asked, list(student), list(teacher), *beside))
     return [*outputs, state, compared]
 
 
@@ -119,8 +121,9 @@ def _run_grad(
     teacher: _Tensors,
     *beside: Tensor | None,
 ) -> list[Tensor]:
-    problem = engine.Problem(asked, list(student), list(teacher), *beside)
-    gradients = engine.backward(problem, state, compared, dict(upstream), needs)
+    with engine.exact(state.device):
+        problem = engine.Problem(asked, list(student), list(teacher), *beside)
+        gradients = engine.backward(problem, state, compared, dict(upstream), needs)
     return [g for g in gradients if g is not None]
 
 
@@ -156,8 +159,9 @@ def value_and_gradient(
 def _differentiate(
     asked: Request, overwrite: bool, logits: Tensor, teacher: _Tensors, weights: _Tensors, *beside: Tensor | None
 ) -> tuple[list[Tensor], Tensor]:
-    problem = engine.Problem(asked, [logits], list(teacher), *beside)
-    return engine.differentiate(problem, dict(zip(asked.outputs, weights, strict=True)), overwrite)
+    with engine.exact(logits.device):
+        problem = engine.Problem(asked, [logits], list(teacher), *beside)
+        return engine.differentiate(problem, dict(zip(asked.outputs, weights, strict=True)), overwrite)
 
 
 def _value_and_gradient(logits: Tensor, teacher: list[Tensor], weights: list[Tensor], *rest: Any) -> list[Tensor]:

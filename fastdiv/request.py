@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
+
 from fastdiv.divergences import DIVERGENCES, Divergence
 
 
@@ -28,6 +30,8 @@ class Request:
     ignore_index: int
     backend: str
     workspace: int
+    products: str = ""
+    """The dtype that autocast rounds the operands of products to; "": none."""
 
     @staticmethod
     def of(
@@ -39,9 +43,10 @@ class Request:
         ignore_index: int,
         backend: str,
         workspace: int,
+        products: str = "",
     ) -> Request:
         scalars = (student.scale, student.softcap, teacher.scale, teacher.softcap, temperature, *parameters)
-        return Request(outputs, scalars, ignore_index, backend, workspace)
+        return Request(outputs, scalars, ignore_index, backend, workspace, products)
 
     @property
     def student(self) -> Transform:
@@ -50,6 +55,11 @@ class Request:
     @property
     def teacher(self) -> Transform:
         return Transform(*self.scalars[2:4])
+
+    @property
+    def operand(self) -> torch.dtype | None:
+        """`products` as a dtype."""
+        return getattr(torch, self.products) if self.products else None
 
     @property
     def temperature(self) -> float:

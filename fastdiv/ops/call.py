@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from fastdiv import backends, checks, plain
@@ -55,6 +56,7 @@ def prepare(
         checks.ignore_index(operator, ignore_index),
         backends.select([tensor.dtype for side in sides for tensor in side.tensors], own.device, backend),
         checks.workspace(operator, own.device, workspace),
+        _products(sides),
     )
     return Call(
         request,
@@ -72,3 +74,13 @@ def _parts(given: dict[str, object], name: str, source: object) -> None:
         given |= {f"{name}.hidden": source.hidden, f"{name}.weight": source.weight, f"{name}.bias": source.bias}
     else:
         given[name] = source.tensor if isinstance(source, Logits) else source
+
+
+def _products(sides: list[Source]) -> str:
+    """What autocast would multiply hidden states and weight in; "" for logits that exist, and without autocast."""
+    device = sides[0].device.type
+    if device == "meta" or not any(isinstance(side, LinearLogits) for side in sides):
+        return ""
+    if not torch.is_autocast_enabled(device):
+        return ""
+    return str(torch.get_autocast_dtype(device)).removeprefix("torch.")

@@ -53,7 +53,8 @@ def linear_loss(
         As `token_stats`; ValueError if `token_loss` does not return one number per row; RuntimeError if a gradient is
         asked for and what it returns does not depend on the statistics, as where they are detached.
 
-    Memory beyond inputs and gradients: the workspace and O(tokens H).
+    Memory beyond inputs and gradients: the workspace and O(tokens H).  Gradients of float16 tensors wait in float32, as
+    a loss scale may come after the division or before; teacher logits in float16 that want a gradient are copied too.
 
     Where torch.compile, a transform of torch.func or a dispatch mode looks on, `token_loss` is called once, with all
     tokens (what it gives for those that take no part is dropped), and the backward takes the fourth product.
