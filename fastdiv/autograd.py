@@ -49,6 +49,12 @@ class TokenStatistics(torch.autograd.Function):
     """(request, number of student tensors, labels, mask, temperature, *tensors) -> one tensor per output, and the
     state that the backward wants."""
 
+    @classmethod
+    def apply(cls, *given: Any) -> Any:
+        """As inherited, without a look for defaults in the signature of `forward`, which takes longer than the work."""
+        plainly = super() if plain.transformed() else super(torch.autograd.Function, cls)
+        return plainly.apply(*given)
+
     @staticmethod
     def forward(
         request: Request,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import math
 import os
 from collections.abc import Callable
@@ -12,13 +11,12 @@ import torch
 from torch import Tensor
 
 from fastdiv import backends
+from fastdiv.log import log
 from fastdiv.planner import Plan, plan
 from fastdiv.request import Request
 from fastdiv.sources import work_dtype
 from fastdiv.statistics import Sums, Tokens, empty_state, per_label, wanted
 from fastdiv.tiles import Given, Projected, Projection, Side, Tile
-
-_LOG = logging.getLogger("fastdiv")
 
 _shaped = torch.ops.aten._unsafe_view.default
 
@@ -55,12 +53,15 @@ class Problem:
         self.device, self.work = student[0].device, work_dtype(*(t.dtype for t in [*student, *teacher]))
         self.label_shape = self.lead if labels is None else labels.shape
         k = 0 if labels is None else 1 if labels.shape == self.lead else labels.shape[-1]
-        every = torch.empty(self.tokens, 0, dtype=torch.int64, device=self.device)
-        every = every if labels is None else labels.reshape(self.tokens, k).long()
+        if labels is None:
+            every = torch.empty(self.tokens, 0, dtype=torch.int64, device=self.device)
+        else:
+            every = labels.reshape(self.tokens, k).long()
         mask = None if mask is None else mask.reshape(-1).contiguous()
         exist = len(student) == 1 and len(teacher) < 2
         skip = exist and self.backend.skips_rows and not drop_rows
-        self.index = None if skip else self._active(every, mask)
+        clean = self._clean(every)
+        self.index = None if skip else self._active(every, mask, clean)
         self.rows = self.tokens if self.index is None else self.index.numel()
         self.every_token = Tokens(
             self._inverse_temperature(temperature),
@@ -68,13 +69,23 @@ class Problem:
             request.ignore_index,
             mask if skip else None,
             self.vocabulary,
+            clean,
         )
-        self._check_labels()
+        if not clean:
+            self._check_labels()
 
-    def _active(self, labels: Tensor, mask: Tensor | None) -> Tensor | None:
+    def _clean(self, labels: Tensor) -> bool:
+        """Whether one glance shows that no label is ignored or impossible; not where it would wait for a device."""
+        if self.device.type != "cpu" or not labels.numel():
+            return False
+        low, high = (int(end) for end in labels.aminmax())
+        ignored = self.request.ignore_index
+        return 0 <= low and high < self.vocabulary and not low <= ignored <= high
+
+    def _active(self, labels: Tensor, mask: Tensor | None, clean: bool) -> Tensor | None:
         """Flat numbers of the tokens that take part; None: all.  Their count decides the size of every product, so
         another device is waited for here, where there is a mask or a label."""
-        if labels.shape[1]:
+        if labels.shape[1] and not clean:
             counted = (labels != self.request.ignore_index).any(1)
             mask = counted if mask is None else mask & counted
         return None if mask is None or bool(mask.all()) else mask.nonzero()[:, 0]
@@ -115,9 +126,9 @@ class Problem:
         itemsize = torch.finfo(self.work).bits // 8
         cached = self.device.type == "cpu"
         result = plan(self.rows, self.vocabulary, projected, itemsize, self.request.workspace, full_rows, cached)
-        _LOG.info(
+        log(
             "%s on %s: %d of %d tokens x %d, tiles of %d x %d",
-            "+".join(self.request.outputs), self.backend.name, self.rows, self.tokens, self.vocabulary,
+            self.request.outputs, self.backend.name, self.rows, self.tokens, self.vocabulary,
             result.rows, result.columns,
         )  # fmt: skip
         return result
@@ -169,11 +180,11 @@ class Problem:
     def empty_sums(self) -> Sums:
         """Before anything was added."""
         shape = self.every_token.labels.shape
-        compared = torch.zeros(self.rows, len(self.request.compared), 3, dtype=torch.float64, device=self.device)
+        state = empty_state(self.rows, self.device)
+        compared = state.new_zeros((self.rows, len(self.request.compared), 3))
         label_logits = torch.full(shape, torch.nan, dtype=self.work, device=self.device)
         ranked = shape if "rank" in self.request.outputs else (self.rows, 0)
-        rank = torch.zeros(ranked, dtype=torch.int64, device=self.device)
-        return Sums(empty_state(self.rows, self.device), label_logits, compared, rank)
+        return Sums(state, label_logits, compared, state.new_zeros(ranked, dtype=torch.int64))
 
 
 def _on_chip(problem: Problem, sums: Sums) -> bool:
@@ -187,7 +198,7 @@ def _on_chip(problem: Problem, sums: Sums) -> bool:
     tokens = problem.every_token
     done = problem.backend.accumulate_on_chip(projection, tokens, wanted(request), sums.state, sums.label_logits)
     how = "logits stay on the chip" if done else "this backend forms tiles of logits"
-    _LOG.info("%s on %s: workspace 0, %s", "+".join(request.outputs), problem.backend.name, how)
+    log("%s on %s: workspace 0, %s", request.outputs, problem.backend.name, how)
     return done
 
 
@@ -304,7 +315,7 @@ def differentiate(problem: Problem, weights: dict[str, Tensor], overwrite: bool)
         upstream = {name: w[rows] for name, w in flat.items()}
         done = problem.backend.value_and_gradient(tile, request, sums.part(rows), upstream, target)
         how = "values and gradients in one go" if done else "values, then gradients"
-        _LOG.info("%s on %s: %s", "+".join(request.outputs), problem.backend.name, how)
+        log("%s on %s: %s", request.outputs, problem.backend.name, how)
         if not done:
             tile = _accumulate(problem, sums, student, teacher, tiles, rows)
             _gradient(problem, sums, student, teacher, rows, [(whole, tile)], upstream)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 
@@ -48,11 +49,11 @@ class Request:
         scalars = (student.scale, student.softcap, teacher.scale, teacher.softcap, temperature, *parameters)
         return Request(outputs, scalars, ignore_index, backend, workspace, products)
 
-    @property
+    @cached_property
     def student(self) -> Transform:
         return Transform(*self.scalars[0:2])
 
-    @property
+    @cached_property
     def teacher(self) -> Transform:
         return Transform(*self.scalars[2:4])
 
@@ -65,18 +66,18 @@ class Request:
     def temperature(self) -> float:
         return self.scalars[4]
 
-    @property
+    @cached_property
     def divergences(self) -> tuple[tuple[Divergence, float], ...]:
         """The divergences among the outputs, with their parameters."""
         pairs = zip(self.outputs, self.scalars[5:], strict=True)
         return tuple((DIVERGENCES[name], parameter) for name, parameter in pairs if name in DIVERGENCES)
 
-    @property
+    @cached_property
     def compared(self) -> tuple[tuple[Divergence, float], ...]:
         """Those that need both normalisers before their terms can be summed."""
         return tuple(pair for pair in self.divergences if pair[0].one_pass is None)
 
-    @property
+    @cached_property
     def second_look(self) -> bool:
         """Whether the logits must be seen again once the normalisers are known."""
         return bool(self.compared) or "rank" in self.outputs

@@ -101,7 +101,7 @@ class Given:
         return self._rows(self._tensor, rows, columns)
 
     def _rows(self, tensor: Tensor, rows: slice, columns: slice) -> Rows:
-        tensor = torch.atleast_2d(tensor)
+        tensor = tensor if tensor.dim() > 1 else tensor[None]
         if columns.stop - columns.start < tensor.shape[-1]:
             tensor = tensor[..., columns]
         if self._index is not None:
