@@ -1,4 +1,7 @@
-"""The autograd functions: save O(tokens), compute only the gradients that are asked for, refuse second derivatives."""
+"""The autograd functions: save O(tokens), compute only the gradients that are asked for, refuse second derivatives.
+
+They belong to the operators, so a traced or exported program trains too.
+"""
 
 from __future__ import annotations
 
@@ -6,8 +9,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._functorch.utils import enable_single_level_autograd_function
 
-from fastdiv import engine, library
+from fastdiv import engine, library, plain
 from fastdiv.request import Request
 from fastdiv.statistics import differentiable
 
@@ -42,7 +46,14 @@ def _final(gradients: list[Tensor | None], anchor: Tensor) -> tuple[Tensor | Non
 
 
 class TokenStatistics(torch.autograd.Function):
-    """(request, number of student tensors, labels, mask, temperature, *tensors) -> one tensor per output."""
+    """(request, number of student tensors, labels, mask, temperature, *tensors) -> one tensor per output, and the
+    state that the backward wants."""
+
+    @classmethod
+    def apply(cls, *given: Any) -> Any:
+        """As inherited, without a look for defaults in the signature of `forward`, which takes longer than the work."""
+        plainly = super() if plain.transformed() else super(torch.autograd.Function, cls)
+        return plainly.apply(*given)
 
     @staticmethod
     def forward(
@@ -53,8 +64,7 @@ class TokenStatistics(torch.autograd.Function):
         temperature: Tensor | None,
         *tensors: Tensor,
     ) -> tuple[Tensor, ...]:
-        student, teacher = list(tensors[:students]), list(tensors[students:])
-        return tuple(torch.ops.fastdiv.stats(student, teacher, labels, mask, temperature, *library.arguments(request)))
+        return tuple(library.stats(request, tensors[:students], tensors[students:], labels, mask, temperature))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -68,15 +78,17 @@ class TokenStatistics(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
         state, compared, labels, mask, temperature, *tensors = ctx.saved_tensors
-        given = [(n, g) for n, g in zip(ctx.request.outputs, upstream[:-2], strict=True) if g is not None]
+        given = {n: g for n, g in zip(ctx.request.outputs, upstream[:-2], strict=True) if g is not None}
         needs = list(ctx.needs_input_grad[5:])
         nothing = (None,) * 5
         if not given or not any(needs):
             return nothing + (None,) * len(tensors)
+        if plain.transformed():  # jacrev and jacobian put vmap here
+            plain.check("fastdiv", {f"the gradient of {name}": g for name, g in given.items()})
         with torch.no_grad():
-            formed = torch.ops.fastdiv.grad(
-                [g for _, g in given],
-                ",".join(n for n, _ in given),
+            formed = library.grad(
+                ctx.request,
+                given,
                 needs,
                 state,
                 compared,
@@ -85,11 +97,32 @@ class TokenStatistics(torch.autograd.Function):
                 labels,
                 mask,
                 temperature,
-                *library.arguments(ctx.request),
             )
         gradients = iter(formed)
         anchor = tensors[needs.index(True)]
         return nothing + _final([next(gradients) if need else None for need in needs], anchor)
+
+
+def _stats(
+    student: list[Tensor],
+    teacher: list[Tensor],
+    labels: Tensor | None,
+    mask: Tensor | None,
+    temperature: Tensor | None,
+    *request: Any,
+) -> list[Tensor]:
+    """`fastdiv::stats` where autograd may want to know."""
+    tensors = [*student, *teacher]
+    with torch._C._AutoDispatchBelowAutograd():
+        if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
+            # Not Function.apply, which does for torch.func what the dispatcher has already done here.
+            record: Any = super(torch.autograd.Function, TokenStatistics).apply
+            with enable_single_level_autograd_function():
+                return list(record(library.request(*request), len(student), labels, mask, temperature, *tensors))
+        return list(torch.ops.fastdiv.stats(student, teacher, labels, mask, temperature, *request))
+
+
+library.LIBRARY.impl("stats", _stats, "Autograd")
 
 
 class LinearLoss(torch.autograd.Function):
@@ -114,10 +147,12 @@ class LinearLoss(torch.autograd.Function):
         needs = list(ctx.needs_input_grad[6:])
         total, gradients = engine.fused(problem, token_loss, needs)
         ctx.save_for_backward(*gradients)
+        ctx.dtypes = [t.dtype for t in tensors]
         return total
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         with torch.no_grad():
-            gradients = [None if g is None else g * upstream for g in ctx.saved_tensors]
+            pairs = zip(ctx.saved_tensors, ctx.dtypes, strict=True)
+            gradients = [None if g is None else (g * upstream).to(dtype) for g, dtype in pairs]
         return (None,) * 6 + _final(gradients, torch.zeros((), device=upstream.device, requires_grad=True))

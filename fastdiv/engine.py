@@ -2,22 +2,29 @@
 
 from __future__ import annotations
 
-import logging
 import math
 import os
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
 
 from fastdiv import backends
+from fastdiv.log import log
 from fastdiv.planner import Plan, plan, row_stride
 from fastdiv.request import Request
 from fastdiv.sources import work_dtype
 from fastdiv.statistics import Sums, Tokens, empty_state, per_label, wanted
 from fastdiv.tiles import Given, Projected, Projection, Side, Tile
 
-_LOG = logging.getLogger("fastdiv")
+_shaped = torch.ops.aten._unsafe_view.default
+
+
+def exact(device: torch.device) -> AbstractContextManager[object]:
+    """No autocast: which dtype a product has is said by the request, and everything else is float32 or float64."""
+    return torch.autocast(device.type, enabled=False) if torch.is_autocast_enabled(device.type) else nullcontext()
+
 
 TokenLoss = Callable[[dict[str, Tensor], Tensor], Tensor]
 
@@ -33,6 +40,7 @@ class Problem:
         labels: Tensor | None,
         mask: Tensor | None,
         temperature: Tensor | None,
+        *,
         drop_rows: bool = False,
     ) -> None:
         """`drop_rows`: masked rows must not appear at all, even to a backend that would skip them."""
@@ -45,12 +53,15 @@ class Problem:
         self.device, self.work = student[0].device, work_dtype(*(t.dtype for t in [*student, *teacher]))
         self.label_shape = self.lead if labels is None else labels.shape
         k = 0 if labels is None else 1 if labels.shape == self.lead else labels.shape[-1]
-        every = torch.empty(self.tokens, 0, dtype=torch.int64, device=self.device)
-        every = every if labels is None else labels.reshape(self.tokens, k).long()
+        if labels is None:
+            every = torch.empty(self.tokens, 0, dtype=torch.int64, device=self.device)
+        else:
+            every = labels.reshape(self.tokens, k).long()
         mask = None if mask is None else mask.reshape(-1).contiguous()
         exist = len(student) == 1 and len(teacher) < 2
         skip = exist and self.backend.skips_rows and not drop_rows
-        self.index = None if skip else self._active(every, mask)
+        clean = self._clean(every)
+        self.index = None if skip else self._active(every, mask, clean)
         self.rows = self.tokens if self.index is None else self.index.numel()
         self.every_token = Tokens(
             self._inverse_temperature(temperature),
@@ -58,13 +69,23 @@ class Problem:
             request.ignore_index,
             mask if skip else None,
             self.vocabulary,
+            clean,
         )
-        self._check_labels()
+        if not clean:
+            self._check_labels()
 
-    def _active(self, labels: Tensor, mask: Tensor | None) -> Tensor | None:
+    def _clean(self, labels: Tensor) -> bool:
+        """Whether one glance shows that no label is ignored or impossible; not where it would wait for a device."""
+        if self.device.type != "cpu" or not labels.numel():
+            return False
+        low, high = (int(end) for end in labels.aminmax())
+        ignored = self.request.ignore_index
+        return 0 <= low and high < self.vocabulary and not low <= ignored <= high
+
+    def _active(self, labels: Tensor, mask: Tensor | None, clean: bool) -> Tensor | None:
         """Flat numbers of the tokens that take part; None: all.  Their count decides the size of every product, so
         another device is waited for here, where there is a mask or a label."""
-        if labels.shape[1]:
+        if labels.shape[1] and not clean:
             counted = (labels != self.request.ignore_index).any(1)
             mask = counted if mask is None else mask & counted
         return None if mask is None or bool(mask.all()) else mask.nonzero()[:, 0]
@@ -105,23 +126,28 @@ class Problem:
         itemsize = torch.finfo(self.work).bits // 8
         cached = self.device.type == "cpu"
         result = plan(self.rows, self.vocabulary, projected, itemsize, self.request.workspace, full_rows, cached)
-        _LOG.info(
+        log(
             "%s on %s: %d of %d tokens x %d, tiles of %d x %d",
-            "+".join(self.request.outputs), self.backend.name, self.rows, self.tokens, self.vocabulary,
+            self.request.outputs, self.backend.name, self.rows, self.tokens, self.vocabulary,
             result.rows, result.columns,
         )  # fmt: skip
         return result
 
-    def sides(self, tiles: Plan, needs: list[bool]) -> tuple[Side, Side | None]:
-        """Student and teacher; `needs` says which of their tensors want a gradient."""
+    def sides(self, tiles: Plan, needs: list[bool], unscaled: bool = False) -> tuple[Side, Side | None]:
+        """Student and teacher; `needs` says which of their tensors want a gradient, `unscaled` that a loss scale is yet
+        to come, so that those in float16 stay in float32."""
         size = min(tiles.rows, self.rows) * row_stride(tiles.columns)
         one_visit = tiles.rows >= self.rows
 
         def side(tensors: list[Tensor], which: str, needs: list[bool]) -> Side:
             transform = self.request.student if which == "student" else self.request.teacher
             if len(tensors) == 1:
+                if unscaled and needs[0] and tensors[0].dtype == torch.float16:
+                    tensors = [tensors[0].to(self.work)]  # kernels write a gradient in the dtype of its logits
                 return Given(tensors, transform, self.index, needs)
-            return Projected(tensors, transform, self.index, needs, self.work, size, one_visit)
+            return Projected(
+                tensors, transform, self.index, needs, self.work, size, one_visit, self.request.operand, unscaled
+            )
 
         count = len(self.student)
         teacher = side(self.teacher, "teacher", needs[count:]) if self.teacher else None
@@ -145,25 +171,26 @@ class Problem:
     def outputs(self, sums: Sums) -> list[Tensor]:
         """The outputs of all tokens, in their shapes."""
         values = self.backend.finish(self.request, self.every_token, sums)
+        # Not a view, which could not be written in place once a graph is recorded.
         return [
-            self.scatter(value).reshape(self.label_shape if per_label(name) else self.lead)
+            _shaped(self.scatter(value).contiguous(), self.label_shape if per_label(name) else self.lead)
             for name, value in zip(self.request.outputs, values, strict=True)
         ]
 
     def empty_sums(self) -> Sums:
         """Before anything was added."""
         shape = self.every_token.labels.shape
-        compared = torch.zeros(self.rows, len(self.request.compared), 3, dtype=torch.float64, device=self.device)
+        state = empty_state(self.rows, self.device)
+        compared = state.new_zeros((self.rows, len(self.request.compared), 3))
         label_logits = torch.full(shape, torch.nan, dtype=self.work, device=self.device)
         ranked = shape if "rank" in self.request.outputs else (self.rows, 0)
-        rank = torch.zeros(ranked, dtype=torch.int64, device=self.device)
-        return Sums(empty_state(self.rows, self.device), label_logits, compared, rank)
+        return Sums(state, label_logits, compared, state.new_zeros(ranked, dtype=torch.int64))
 
 
 def _on_chip(problem: Problem, sums: Sums) -> bool:
     """All sums of a call that asks for the least memory, where the backend takes one model's hidden states itself."""
     request = problem.request
-    if request.workspace or len(problem.student) == 1 or problem.teacher or request.second_look:
+    if request.workspace or len(problem.student) == 1 or problem.teacher or request.second_look or request.products:
         return False
     hidden, weight, *bias = problem.student
     if not hidden.shape[-1]:
@@ -173,7 +200,7 @@ def _on_chip(problem: Problem, sums: Sums) -> bool:
     tokens = problem.every_token
     done = problem.backend.accumulate_on_chip(projection, tokens, wanted(request), sums.state, sums.label_logits)
     how = "logits stay on the chip" if done else "this backend forms tiles of logits"
-    _LOG.info("%s on %s: workspace 0, %s", "+".join(request.outputs), problem.backend.name, how)
+    log("%s on %s: workspace 0, %s", request.outputs, problem.backend.name, how)
     return done
 
 
@@ -244,29 +271,32 @@ def backward(
 
 
 def fused(problem: Problem, token_loss: TokenLoss, needs: list[bool]) -> tuple[Tensor, list[Tensor | None]]:
-    """(sum of token_loss over all rows, gradients): each row's logits are formed once and serve both directions."""
+    """(sum of token_loss over all rows, gradients): each row's logits are formed once and serve both directions.
+
+    Gradients of float16 tensors are float32: a loss scale, which keeps them in float16's range, comes later.
+    """
     tiles = problem.plan(full_rows=True)
-    student, teacher = problem.sides(tiles, needs)
+    student, teacher = problem.sides(tiles, needs, unscaled=True)
     whole = slice(0, problem.vocabulary)
     total = torch.zeros((), dtype=torch.float64, device=problem.device)
     sums, numbers = problem.empty_sums(), problem.numbers
     for rows in tiles.row_slices(problem.rows):
-        tile = _accumulate(problem, sums, student, teacher, tiles, rows)
-        outputs = problem.backend.finish(problem.request, problem.every_token.part(rows), sums.part(rows))
+        with exact(problem.device):
+            tile = _accumulate(problem, sums, student, teacher, tiles, rows)
+            outputs = problem.backend.finish(problem.request, problem.every_token.part(rows), sums.part(rows))
         values = dict(zip(problem.request.outputs, outputs, strict=True))
         leaves = {n: v.detach().requires_grad_(v.is_floating_point() and any(needs)) for n, v in values.items()}
         single = len(problem.label_shape) == len(problem.lead)
         with torch.enable_grad():
             shaped = {n: v[:, 0] if per_label(n) and single else v for n, v in leaves.items()}
             loss = token_loss(shaped, numbers[rows])
-        _check_token_loss(loss, rows.stop - rows.start)
+        check_token_loss(loss, rows.stop - rows.start)
         total += loss.detach().double().sum()
         if not any(needs):
             continue
-        names = [n for n, v in leaves.items() if v.requires_grad and loss.requires_grad]
-        grads = _derivatives(loss, [leaves[n] for n in names])
-        upstream = {n: g for n, g in zip(names, grads, strict=True) if g is not None}
-        _gradient(problem, sums, student, teacher, rows, [(whole, tile)], upstream)
+        upstream = _derivatives(loss, {n: v for n, v in leaves.items() if v.requires_grad})
+        with exact(problem.device):
+            _gradient(problem, sums, student, teacher, rows, [(whole, tile)], upstream)
     return total.to(problem.work), student.gradients() + (teacher.gradients() if teacher else [])
 
 
@@ -276,6 +306,8 @@ def differentiate(problem: Problem, weights: dict[str, Tensor], overwrite: bool)
     student, teacher = problem.sides(tiles, [not overwrite, *([False] * len(problem.teacher))])
     assert isinstance(student, Given)
     if overwrite:
+        # Kernels write by address, which autograd does not see: who saved these logits must hear of it.
+        torch.autograd.graph.increment_version(problem.student)
         student.overwrite()
     flat = {name: problem.gather(w) for name, w in weights.items()}
     whole = slice(0, problem.vocabulary)
@@ -285,7 +317,7 @@ def differentiate(problem: Problem, weights: dict[str, Tensor], overwrite: bool)
         upstream = {name: w[rows] for name, w in flat.items()}
         done = problem.backend.value_and_gradient(tile, request, sums.part(rows), upstream, target)
         how = "values and gradients in one go" if done else "values, then gradients"
-        _LOG.info("%s on %s: %s", "+".join(request.outputs), problem.backend.name, how)
+        log("%s on %s: %s", request.outputs, problem.backend.name, how)
         if not done:
             tile = _accumulate(problem, sums, student, teacher, tiles, rows)
             _gradient(problem, sums, student, teacher, rows, [(whole, tile)], upstream)
@@ -294,13 +326,22 @@ def differentiate(problem: Problem, weights: dict[str, Tensor], overwrite: bool)
     return problem.outputs(sums), gradient
 
 
-def _derivatives(loss: Tensor, leaves: list[Tensor]) -> tuple[Tensor | None, ...]:
-    if not leaves:
-        return ()
-    return torch.autograd.grad(loss, leaves, torch.ones_like(loss), allow_unused=True)
+def _derivatives(loss: Tensor, leaves: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The gradients of statistics that a token loss uses.  Raises RuntimeError if it uses none."""
+    found: tuple[Tensor | None, ...] = ()
+    if loss.requires_grad and leaves:
+        found = torch.autograd.grad(loss, list(leaves.values()), torch.ones_like(loss), allow_unused=True)
+    upstream = {name: g for name, g in zip(leaves, found, strict=False) if g is not None}
+    if not upstream:
+        raise RuntimeError(
+            "linear_loss: token_loss must give a differentiable function of the statistics, got one whose graph has "
+            f"none of {', '.join(leaves) or 'them'} (were they detached?)"
+        )
+    return upstream
 
 
-def _check_token_loss(loss: object, rows: int) -> None:
+def check_token_loss(loss: object, rows: int) -> None:
+    """Raise unless a token loss gave one number per row."""
     if not isinstance(loss, Tensor) or loss.shape != (rows,):
         got = tuple(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
         raise ValueError(f"linear_loss: token_loss must return a tensor [{rows}], one loss per row, got {got}")

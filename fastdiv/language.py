@@ -29,9 +29,7 @@ def where(condition: Tensor, yes: Value, no: Value) -> Tensor:
     like = yes if isinstance(yes, Tensor) else no
     if not isinstance(like, Tensor):
         raise TypeError(f"where: one arm must be a tensor, got {yes!r} and {no!r}")
-    first = yes if isinstance(yes, Tensor) else like.new_full((), yes)
-    second = no if isinstance(no, Tensor) else like.new_full((), no)
-    return torch.where(condition, first, second)
+    return torch.where(condition, yes, no)
 
 
 def _horner(x: Tensor, coefficients: list[float]) -> Tensor:

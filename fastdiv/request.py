@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
+
+import torch
 
 from fastdiv.divergences import DIVERGENCES, Divergence
 
@@ -28,6 +31,8 @@ class Request:
     ignore_index: int
     backend: str
     workspace: int
+    products: str = ""
+    """The dtype that autocast rounds the operands of products to; "": none."""
 
     @staticmethod
     def of(
@@ -39,35 +44,41 @@ class Request:
         ignore_index: int,
         backend: str,
         workspace: int,
+        products: str = "",
     ) -> Request:
         scalars = (student.scale, student.softcap, teacher.scale, teacher.softcap, temperature, *parameters)
-        return Request(outputs, scalars, ignore_index, backend, workspace)
+        return Request(outputs, scalars, ignore_index, backend, workspace, products)
 
-    @property
+    @cached_property
     def student(self) -> Transform:
         return Transform(*self.scalars[0:2])
 
-    @property
+    @cached_property
     def teacher(self) -> Transform:
         return Transform(*self.scalars[2:4])
+
+    @property
+    def operand(self) -> torch.dtype | None:
+        """`products` as a dtype."""
+        return getattr(torch, self.products) if self.products else None
 
     @property
     def temperature(self) -> float:
         return self.scalars[4]
 
-    @property
+    @cached_property
     def divergences(self) -> tuple[tuple[Divergence, float], ...]:
         """The divergences among the outputs, with their parameters as `pointwise` takes them."""
         pairs = zip(self.outputs, self.scalars[5:], strict=True)
         known = ((DIVERGENCES[name], parameter) for name, parameter in pairs if name in DIVERGENCES)
         return tuple((divergence, divergence.argument(parameter)) for divergence, parameter in known)
 
-    @property
+    @cached_property
     def compared(self) -> tuple[tuple[Divergence, float], ...]:
         """Those that need both normalisers before their terms can be summed."""
         return tuple(pair for pair in self.divergences if pair[0].one_pass is None)
 
-    @property
+    @cached_property
     def second_look(self) -> bool:
         """Whether the logits must be seen again once the normalisers are known."""
         return bool(self.compared) or "rank" in self.outputs

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from fastdiv import plain
 from fastdiv.ops.covariance import all_reduce_sum, check_alike, check_bool, everyone, token_kernels
 
 if TYPE_CHECKING:
@@ -69,6 +70,7 @@ def top_k(
     wanted = _check_k("top_k", k, ratio)
     first = _first_index(scores, process_group) if index is None else None
     if kernels := token_kernels(scores.device, backend):
+        plain.check("top_k", {"scores": scores, "mask": mask, "index": index, "k": k})
         return kernels.smallest(
             scores, mask, index, scores, k=wanted, largest=largest, offset=first, process_group=process_group
         )
@@ -119,6 +121,7 @@ def random_subset(
     first = _first_index(eligible, process_group) if index is None else None
     drawn = _draw(seed, step)
     if kernels := token_kernels(eligible.device, backend):
+        plain.check("random_subset", {"eligible": eligible, "index": index, "k": k})
         return kernels.smallest(
             None, eligible, index, eligible, k=wanted, drawn=drawn, offset=first, process_group=process_group
         )

@@ -43,8 +43,13 @@ WANTED = {"first": 1, "second": 2, "squares": 4, "sum": 8, "argmax": 16, "forwar
 """Sums that cost extra, as the bits of csrc/rows.h."""
 
 
+_EMPTY = torch.tensor([-torch.inf if name in ("max", "teacher_max") else 0.0 for name in STATE], dtype=torch.float64)
+
+
 def empty_state(rows: int, device: torch.device) -> Tensor:
     """The state [rows, len(STATE)] before any column was seen."""
+    if device.type == "cpu":
+        return _EMPTY.expand(rows, -1).clone(memory_format=torch.contiguous_format)
     state = torch.zeros(rows, len(STATE), dtype=torch.float64, device=device)
     state[:, STATE.index("max")] = state[:, STATE.index("teacher_max")] = -torch.inf
     return state
@@ -59,6 +64,8 @@ class Tokens:
     ignore_index: int
     mask: Tensor | None  # [n] bool, for a backend that skips rows itself; else all rows take part
     vocabulary: int
+    clean: bool = False
+    """Known: every label is an id, and none is ignored."""
 
     def part(self, rows: slice) -> Tokens:
         """Those of some rows."""
@@ -95,14 +102,19 @@ class Sums:
 
     def part(self, rows: slice) -> Sums:
         """Those of some rows."""
+        if rows == slice(0, self.state.shape[0]):
+            return self
         return Sums(self.state[rows], self.label_logits[rows], self.compared[rows], self.rank[rows])
+
+
+_PLACES = {name: place for place, name in enumerate(STATE)}
 
 
 class Statistics:
     """The finished numbers of some rows, float64 [rows] each, computed when asked for by `fastdiv.rowwise`."""
 
     def __init__(self, tokens: Tokens, sums: Sums) -> None:
-        self._columns = dict(zip(STATE, sums.state.unbind(1), strict=True))
+        self._state = sums.state
         self.inverse_temperature = tokens.inverse_temperature.double()
         self.vocabulary = tokens.vocabulary
         self.labels = tokens.labels
@@ -110,10 +122,11 @@ class Statistics:
         self.rank = sums.rank
 
     def __getattr__(self, name: str) -> Tensor:
-        try:
-            return self._columns[name]
-        except KeyError:
-            raise AttributeError(name) from None
+        if name not in _PLACES:
+            raise AttributeError(name)
+        column = self._state.select(1, _PLACES[name])
+        setattr(self, name, column)
+        return column
 
     @cached_property
     def log_norm(self) -> Tensor:
@@ -288,7 +301,7 @@ def finish(request: Request, tokens: Tokens, sums: Sums, skipped: bool = False) 
         else:
             divergence = DIVERGENCES[name]
             value = s.divergence(divergence, next(compared) if divergence.one_pass is None else None)[0]
-        if per_label(name):
+        if per_label(name) and not tokens.clean:
             value = value.masked_fill(tokens.ignored, 0)
         if absent is not None:
             value = value.masked_fill(absent[:, None] if per_label(name) else absent, 0)
@@ -312,8 +325,9 @@ def prepare(request: Request, tokens: Tokens, sums: Sums, upstream: dict[str, Te
         c.add(COEFFICIENTS + i, g)
         c.add(0, -g * dlp)
         c.add(5, -g * dlq)
-    labels = torch.cat([tokens.labels[:, :0], *c.labels], 1)
-    gains = torch.cat([sums.state[:, :0], *c.gains], 1)
+    labels, gains = c.labels[0] if c.labels else tokens.labels[:, :0], c.gains[0] if c.gains else sums.state[:, :0]
+    if len(c.labels) > 1:
+        labels, gains = torch.cat(c.labels, 1), torch.cat(c.gains, 1)
     return Prepared(c.c.to(work), labels, gains.to(work), terms)
 
 
@@ -321,4 +335,6 @@ def usable(name: str, g: Tensor, tokens: Tokens) -> Tensor:
     """Upstream of a per-label output: 0 at ignored labels, NaN (so that the row shows it) at impossible ones."""
     if not per_label(name):
         return g
+    if tokens.clean:
+        return g.reshape(tokens.labels.shape)
     return g.reshape(tokens.labels.shape).masked_fill(tokens.ignored, 0.0).masked_fill(tokens.invalid, torch.nan)

@@ -102,7 +102,7 @@ class Given:
         return self._rows(self._tensor, rows, columns)
 
     def _rows(self, tensor: Tensor, rows: slice, columns: slice) -> Rows:
-        tensor = torch.atleast_2d(tensor)
+        tensor = tensor if tensor.dim() > 1 else tensor[None]
         if columns.stop - columns.start < tensor.shape[-1]:
             tensor = tensor[..., columns]
         if self._index is not None:
@@ -140,6 +140,9 @@ class Projected:
 
     A GPU multiplies 16-bit operands as they are, with float32 sums and results; there the gradient of a tile is 16-bit
     too and lies in the first half of each of its rows.  A CPU, which rounds such sums, multiplies in the work dtype.
+    Under autocast operands are first rounded to `products`.
+
+    `unscaled`: a loss scale is yet to come, so nothing of a gradient may be rounded to float16.
     """
 
     def __init__(
@@ -151,19 +154,27 @@ class Projected:
         work: torch.dtype,
         tile_size: int,
         one_visit: bool,
+        products: torch.dtype | None = None,
+        unscaled: bool = False,
     ) -> None:
         hidden, self._weight = tensors[:2]
         self._bias = tensors[2] if len(tensors) == 3 else None
         self._shape, self._dtype, self._index, self._transform = hidden.shape, hidden.dtype, index, transform
-        same = hidden.dtype == self._weight.dtype and hidden.dtype in (torch.float16, torch.bfloat16)
-        self._operand = hidden.dtype if hidden.device.type == "cuda" and same else work
+        dtypes = {t.dtype for t in tensors[:2]}
+        self._rounded = None if torch.float64 in dtypes else products
+        same = {self._rounded} if self._rounded else dtypes
+        narrow = hidden.device.type == "cuda" and same in ({torch.float16}, {torch.bfloat16})
+        self._operand = next(iter(same)) if narrow else work
+        self._kept = {t.dtype: work if unscaled and t.dtype == torch.float16 else t.dtype for t in tensors}
+        # What multiplies gradients.
+        self._back = work if unscaled and self._operand == torch.float16 else self._operand
         flat = hidden.reshape(math.prod(hidden.shape[:-1]), hidden.shape[-1])  # its width may be 0
-        self._hidden = (flat if index is None else flat[index]).to(self._operand)
+        self._hidden = self._as_operand(flat if index is None else flat[index])
         self._work = work
         self._buffer = torch.empty(tile_size, dtype=work, device=hidden.device)
         self._visited: set[int] = set()
         self._d_hidden = torch.zeros_like(self._hidden, dtype=work) if needs[0] else None
-        accumulator = self._weight.dtype if one_visit else work
+        accumulator = self._kept[self._weight.dtype] if one_visit else work
         self._d_weight = torch.empty_like(self._weight, dtype=accumulator) if needs[1] else None
         self._d_bias = torch.zeros_like(self._bias, dtype=work) if self._bias is not None and needs[2] else None
         self._needs = needs
@@ -173,12 +184,15 @@ class Projected:
         stride = row_stride(width)
         return self._buffer[: height * stride].view(height, stride)[:, :width]
 
+    def _as_operand(self, t: Tensor) -> Tensor:
+        return (t if self._rounded is None else t.to(self._rounded)).to(self._operand)
+
     def _gradient(self, rows: slice, columns: slice) -> Tensor:
         tile = self._view(rows, columns)
-        return tile if self._operand == self._work else tile.view(self._operand)[:, : tile.shape[1]]
+        return tile if self._back == self._work else tile.view(self._back)[:, : tile.shape[1]]
 
     def tile(self, rows: slice, columns: slice) -> Rows:
-        out, weight = self._view(rows, columns), self._weight[columns].to(self._operand)
+        out, weight = self._view(rows, columns), self._as_operand(self._weight[columns])
         if self._bias is None:
             self._multiply(self._hidden[rows], weight.T, out)
         elif self._operand == self._work:
@@ -195,9 +209,9 @@ class Projected:
             return
         gradient = self._gradient(rows, columns)
         if self._d_hidden is not None:
-            self._add_product(self._d_hidden[rows], gradient, self._weight[columns].to(self._operand))
+            self._add_product(self._d_hidden[rows], gradient, self._as_operand(self._weight[columns]).to(self._back))
         if self._d_weight is not None:
-            target, hidden = self._d_weight[columns], self._hidden[rows]
+            target, hidden = self._d_weight[columns], self._hidden[rows].to(self._back)
             if columns.start in self._visited:
                 self._add_product(target, gradient.T, hidden)
             else:
@@ -208,15 +222,15 @@ class Projected:
 
     def _multiply(self, a: Tensor, b: Tensor, out: Tensor) -> Tensor:
         """out = a @ b."""
-        if out.dtype == self._operand:
+        if out.dtype == a.dtype:
             return torch.mm(a, b, out=out)
-        if self._operand == self._work:
+        if a.dtype == self._work:
             return out.copy_(torch.mm(a, b))
         return torch.mm(a, b, out_dtype=out.dtype, out=out)
 
     def _add_product(self, out: Tensor, a: Tensor, b: Tensor) -> None:
         """out += a @ b, `out` in the work dtype."""
-        if self._operand == self._work:
+        if a.dtype == self._work:
             out.addmm_(a, b)
         else:
             torch.addmm(out, a, b, out_dtype=self._work, out=out)
@@ -224,15 +238,15 @@ class Projected:
     def gradients(self) -> list[Tensor | None]:
         d_hidden = self._d_hidden
         if d_hidden is not None:
-            d_hidden = d_hidden.to(self._dtype)
+            d_hidden = d_hidden.to(self._kept[self._dtype])
             if self._index is not None:
                 full = d_hidden.new_zeros(math.prod(self._shape[:-1]), self._shape[-1])
                 d_hidden = full.index_copy_(0, self._index, d_hidden)
             d_hidden = d_hidden.view(self._shape)
-        d_weight = None if self._d_weight is None else self._d_weight.to(self._weight.dtype)
+        d_weight = None if self._d_weight is None else self._d_weight.to(self._kept[self._weight.dtype])
         if d_weight is not None and not self._visited:
             d_weight.zero_()
-        d_bias = None if self._d_bias is None or self._bias is None else self._d_bias.to(self._bias.dtype)
+        d_bias = None if self._d_bias is None or self._bias is None else self._d_bias.to(self._kept[self._bias.dtype])
         return [d_hidden, d_weight] if self._bias is None else [d_hidden, d_weight, d_bias]
 
 

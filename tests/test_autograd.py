@@ -139,6 +139,23 @@ def test_integer_outputs_carry_no_gradient(backend: str) -> None:
     assert [stats[name].requires_grad for name in ("argmax", "is_top1", "rank", "entropy")] == [False] * 3 + [True]
 
 
+@pytest.mark.parametrize("shape", [(4,), (2, 2), (4, 3)])
+def test_outputs_may_be_written_in_place(backend: str, shape: tuple[int, ...]) -> None:
+    lead = (2, 2) if shape == (2, 2) else (4,)
+    labels = torch.arange(12)[: torch.Size(shape).numel()].view(shape)
+    for tensors in ((torch.randn(*lead, 30).requires_grad_(),), head(4, 30, 8)):
+        own = tensors[0] if len(tensors) == 1 else fastdiv.LinearLogits(tensors[0].view(*lead, 8), *tensors[1:])
+        stats = fastdiv.token_stats(own, labels, backend=backend)
+        keep = torch.zeros(shape, dtype=torch.bool)
+        keep[0] = True
+        want = torch.autograd.grad((stats.log_prob * keep).sum() + stats.entropy[0].sum(), tensors, retain_graph=True)
+        stats.log_prob[~keep] = 0.0
+        stats.entropy[1:] = 0.0
+        got = torch.autograd.grad(stats.log_prob.sum() + stats.entropy.sum(), tensors)
+        for a, b in zip(got, want, strict=True):
+            assert torch.equal(a, b)
+
+
 class Products:
     """Counts the matrix products that run inside the block."""
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
-from fastdiv import backends, checks
+from fastdiv import backends, checks, plain
 from fastdiv.request import Request, Transform
-from fastdiv.sources import Source
+from fastdiv.sources import LinearLogits, Logits, Source
 
 
 class Call(NamedTuple):
@@ -37,6 +38,10 @@ def prepare(
     workspace: int | None,
 ) -> Call:
     """Checks everything once; the result is passed down unchanged."""
+    given: dict[str, object] = {"labels": labels, "mask": mask, "temperature": temperature}
+    _parts(given, "student" if teacher is not None else "logits", student)
+    _parts(given, "teacher", teacher)
+    plain.check(operator, given)
     own = checks.source(operator, "student" if teacher is not None else "logits", student)
     other = None if teacher is None else checks.teacher(operator, own, teacher)
     names = checks.outputs(operator, outputs, labels is not None, other is not None)
@@ -51,6 +56,7 @@ def prepare(
         checks.ignore_index(operator, ignore_index),
         backends.select([tensor.dtype for side in sides for tensor in side.tensors], own.device, backend),
         checks.workspace(operator, own.device, workspace),
+        _products(sides),
     )
     return Call(
         request,
@@ -60,3 +66,21 @@ def prepare(
         per_token,
         own.tensors + (other.tensors if other else ()),
     )
+
+
+def _parts(given: dict[str, object], name: str, source: object) -> None:
+    """Adds the tensors of a source, by their names."""
+    if isinstance(source, LinearLogits):
+        given |= {f"{name}.hidden": source.hidden, f"{name}.weight": source.weight, f"{name}.bias": source.bias}
+    else:
+        given[name] = source.tensor if isinstance(source, Logits) else source
+
+
+def _products(sides: list[Source]) -> str:
+    """What autocast would multiply hidden states and weight in; "" for logits that exist, and without autocast."""
+    device = sides[0].device.type
+    if device == "meta" or not any(isinstance(side, LinearLogits) for side in sides):
+        return ""
+    if not torch.is_autocast_enabled(device):
+        return ""
+    return str(torch.get_autocast_dtype(device)).removeprefix("torch.")

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
-from fastdiv import backends
+from fastdiv import backends, plain
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -72,6 +72,7 @@ def masked_covariance(
     check_alike("masked_covariance", mask, {"x": x, "y": y}, precise=False)
     dtype = torch.float64 if torch.float64 in (x.dtype, y.dtype) else torch.float32
     if kernels := token_kernels(x.device, backend):
+        plain.check("masked_covariance", {"x": x, "y": y, "mask": mask})
         return MaskedCovariance(*kernels.covariance(x, y, mask, dtype, process_group))
     valid = everyone(x) if mask is None else mask
     x, y = torch.where(valid, x, 0).double(), torch.where(valid, y, 0).double()

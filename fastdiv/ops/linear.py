@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
+import torch
 from torch import Tensor
 
+from fastdiv import plain
 from fastdiv.autograd import LinearLoss
 from fastdiv.checks import describe
-from fastdiv.ops.call import prepare
-from fastdiv.ops.stats import TokenStats
-from fastdiv.sources import LinearLogits, Source
+from fastdiv.engine import check_token_loss
+from fastdiv.ops.call import Call, prepare
+from fastdiv.ops.stats import TokenStats, outputs_of
+from fastdiv.sources import LinearLogits, Source, work_dtype
 
 
 def linear_loss(
@@ -46,9 +50,14 @@ def linear_loss(
         The sum, 0-dim float32 (float64 for float64 input).  Its gradients reach the tensors of `head` and `teacher`.
 
     Raises:
-        As `token_stats`; ValueError if `token_loss` does not return one number per row.
+        As `token_stats`; ValueError if `token_loss` does not return one number per row; RuntimeError if a gradient is
+        asked for and what it returns does not depend on the statistics, as where they are detached.
 
-    Memory beyond inputs and gradients: the workspace and O(tokens H).
+    Memory beyond inputs and gradients: the workspace and O(tokens H).  Gradients of float16 tensors wait in float32, as
+    a loss scale may come after the division or before; teacher logits in float16 that want a gradient are copied too.
+
+    Where torch.compile, a transform of torch.func or a dispatch mode looks on, `token_loss` is called once, with all
+    tokens (what it gives for those that take no part is dropped), and the backward takes the fourth product.
 
     >>> head = LinearLogits(torch.zeros(3, 4), torch.zeros(8, 4, requires_grad=True))
     >>> linear_loss(head, torch.tensor([1, 2, 3]), lambda stats, rows: -stats.log_prob)
@@ -72,10 +81,35 @@ def linear_loss(
         workspace=workspace,
     )
 
+    if plain.transformed() or plain.watched(*call.tensors, call.labels, call.mask, call.temperature):
+        return _in_one_piece(call, token_loss)
+
     def loss(stats: dict[str, Tensor], rows: Tensor) -> Tensor:
         return token_loss(TokenStats(stats), rows)
 
+    # A function is told to form gradients also where no graph is recorded.
+    tensors = call.tensors if torch.is_grad_enabled() else [t.detach() for t in call.tensors]
     result: Tensor = LinearLoss.apply(  # type: ignore[no-untyped-call]
-        call.request, loss, call.students, call.labels, call.mask, call.temperature, *call.tensors
+        call.request, loss, call.students, call.labels, call.mask, call.temperature, *tensors
     )
     return result
+
+
+def _in_one_piece(call: Call, token_loss: Callable[[TokenStats, Tensor], Tensor]) -> Tensor:
+    """The same sum by `fastdiv::stats` and autograd, so that whoever traces the call sees `token_loss`."""
+    lead = call.tensors[0].shape[:-1]
+    tokens, labels, active = math.prod(lead), call.labels, call.mask
+    if labels is not None:
+        counts = labels != call.request.ignore_index
+        counts = counts if labels.shape == lead else counts.any(-1)
+        active = counts if active is None else active & counts
+    values = zip(call.request.outputs, outputs_of(call), strict=True)
+    stats = TokenStats({name: value.reshape(tokens, *value.shape[len(lead) :]) for name, value in values})
+    loss = token_loss(stats, torch.arange(tokens, device=call.tensors[0].device))
+    check_token_loss(loss, tokens)
+    wanted = torch.is_grad_enabled() and any(t.requires_grad for t in call.tensors)
+    if wanted and not loss.requires_grad and not torch.compiler.is_compiling():
+        raise RuntimeError("linear_loss: token_loss must give a differentiable function of the statistics")
+    if active is not None:
+        loss = loss.masked_fill(~active.reshape(tokens), 0.0)
+    return loss.double().sum().to(work_dtype(*(t.dtype for t in call.tensors)))

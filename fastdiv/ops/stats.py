@@ -6,10 +6,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.forward_ad import unpack_dual
 
+from fastdiv import plain
 from fastdiv.autograd import TokenStatistics
-from fastdiv.ops.call import prepare
+from fastdiv.ops.call import Call, prepare
 from fastdiv.sources import Source
 
 
@@ -22,18 +22,32 @@ class TokenStats(dict[str, Tensor]):
         except KeyError:
             raise AttributeError(f"{name!r} was not among the outputs {tuple(self)}") from None
 
+    def __reduce__(self) -> tuple[type[TokenStats], tuple[dict[str, Tensor]]]:
+        """As a call with a plain dict, which `torch.load` takes by default."""
+        return TokenStats, (dict(self),)
 
-def _differentiated(tensor: Tensor) -> bool:
-    """Whether autograd has to know; if not, its function is not worth 0.1 ms."""
-    return (torch.is_grad_enabled() and tensor.requires_grad) or unpack_dual(tensor).tangent is not None
+
+torch.serialization.add_safe_globals([TokenStats])
 
 
 def run(operator: str, student: Tensor | Source, labels: Tensor | None, **options: object) -> TokenStats:
     """The one way from a public operator to the kernels."""
     call = prepare(operator, student, labels, **options)  # type: ignore[arg-type]
-    function: Any = TokenStatistics.apply if any(map(_differentiated, call.tensors)) else TokenStatistics.forward
-    outputs = function(call.request, call.students, call.labels, call.mask, call.temperature, *call.tensors)
-    return TokenStats(zip(call.request.outputs, outputs[:-2], strict=True))
+    return TokenStats(zip(call.request.outputs, outputs_of(call), strict=True))
+
+
+def outputs_of(call: Call) -> tuple[Tensor, ...]:
+    """The outputs of a call, in its order."""
+    beside = call.labels, call.mask, call.temperature
+    if plain.transformed():
+        wanted = True  # torch.func's own protocol
+    elif plain.watched(*call.tensors, *beside):
+        wanted = False  # the operator has its own autograd
+    else:
+        wanted = torch.is_grad_enabled() and any(t.requires_grad for t in call.tensors)
+    function: Any = TokenStatistics.apply if wanted else TokenStatistics.forward
+    found: tuple[Tensor, ...] = function(call.request, call.students, *beside, *call.tensors)
+    return found[:-2]
 
 
 def token_stats(

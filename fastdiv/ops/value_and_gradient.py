@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
-from fastdiv import checks, engine
-from fastdiv.ops.call import prepare
+from fastdiv import checks, library, plain
+from fastdiv.ops.call import Call, prepare
 from fastdiv.ops.stats import TokenStats
-from fastdiv.sources import LinearLogits, Source
+from fastdiv.sources import LinearLogits, Source, work_dtype
 from fastdiv.statistics import differentiable, per_label
 
 
@@ -42,7 +43,8 @@ def value_and_gradient(
         logits: [*, V], a tensor or `Logits`; float16, bfloat16, float32 (float64 with the reference backend).
         labels: [*] or [*, K], as in `token_stats`; None if no output needs them.
         weights: output -> its weights: [*] ([*, K] for outputs per label, if labels are), or one number for all.
-        overwrite: the gradient takes the place of the logits, which must be contiguous: no memory of their size.
+        overwrite: the gradient takes the place of the logits, which must be contiguous and share no memory with another
+            argument: no memory of their size.  Autograd hears of it: a graph that saved the logits raises.
         teacher, beta, temperature, mask, ignore_index, backend: as in `token_stats`; the teacher gets no gradient.
 
     Returns:
@@ -52,7 +54,8 @@ def value_and_gradient(
     Raises:
         As `token_stats`; TypeError for `LinearLogits` (`linear_loss` serves those) and for weights that are neither
         numbers nor floating tensors; ValueError for outputs without a gradient, for weights of another shape or
-        device, and where `overwrite` is asked of logits that are not contiguous.
+        device, and where `overwrite` is asked of logits that are not contiguous or whose memory another argument
+        has.
 
     Memory beyond inputs and results: O(tokens).
 
@@ -65,6 +68,7 @@ def value_and_gradient(
         raise TypeError(f"{operator}: logits must exist, got LinearLogits; linear_loss is for those")
     if not isinstance(weights, Mapping) or not weights:
         raise TypeError(f"{operator}: weights must map outputs to weights, got {checks.describe(weights)}")
+    plain.check(operator, {f"weights of {name!r}": weight for name, weight in weights.items()})
     call = prepare(
         operator,
         logits,
@@ -81,34 +85,63 @@ def value_and_gradient(
     tensor = call.tensors[0]
     if overwrite and not tensor.is_contiguous():
         raise ValueError(f"{operator}: overwrite needs contiguous logits, got strides {tensor.stride()}")
-    problem = engine.Problem(
+    given = {name: _weights(operator, name, weight, call) for name, weight in weights.items()}
+    if overwrite and not plain.watched(tensor):
+        read: dict[str, Tensor | None] = {"labels": call.labels, "mask": call.mask, "temperature": call.temperature}
+        read |= {"teacher": call.tensors[1]} if len(call.tensors) == 2 else {}
+        read |= {f"weights of {name!r}": value for name, value in given.items()}
+        _check_apart(operator, tensor, read)
+    outputs, gradient = library.value_and_gradient(
         call.request,
-        list(call.tensors[: call.students]),
-        list(call.tensors[call.students :]),
+        overwrite,
+        tensor,
+        call.tensors[1:],
+        list(given.values()),
         call.labels,
         call.mask,
         call.temperature,
     )
-    given = {name: _weights(operator, name, weight, problem) for name, weight in weights.items()}
-    outputs, gradient = engine.differentiate(problem, given, overwrite)
     return TokenStats(zip(call.request.outputs, outputs, strict=True)), gradient
 
 
-def _weights(operator: str, name: str, value: object, problem: engine.Problem) -> Tensor:
+def _weights(operator: str, name: str, value: object, call: Call) -> Tensor:
     """The weights of an output, [tokens] or [tokens, K]."""
     if not differentiable(name):
         raise ValueError(f"{operator}: output {name!r} has no gradient, so it takes no weight")
-    shape = problem.label_shape if per_label(name) else problem.lead
-    flat = (problem.tokens, *shape[len(problem.lead) :])
+    device, lead = call.tensors[0].device, call.tensors[0].shape[:-1]
+    shape = call.labels.shape if per_label(name) and call.labels is not None else lead
+    flat = (math.prod(lead), *shape[len(lead) :])
     if isinstance(value, (int, float)) and not isinstance(value, bool):
-        return torch.full(flat, float(value), dtype=problem.work, device=problem.device)
+        return call.tensors[0].new_full(flat, float(value), dtype=work_dtype(*(t.dtype for t in call.tensors)))
     if not isinstance(value, Tensor) or not value.is_floating_point():
         raise TypeError(
             f"{operator}: weights of {name!r} must be a number or a floating tensor, got {checks.describe(value)}"
         )
-    if value.shape != shape or value.device != problem.device:
+    if value.shape != shape or value.device != device:
         raise ValueError(
-            f"{operator}: weights of {name!r} must be {list(shape)} on {problem.device}, got {checks.describe(value)} "
+            f"{operator}: weights of {name!r} must be {list(shape)} on {device}, got {checks.describe(value)} "
             f"on {value.device}"
         )
     return value.reshape(flat)
+
+
+def _check_apart(operator: str, written: Tensor, read: Mapping[str, Tensor | None]) -> None:
+    """Raise if what is written over is also read as something else."""
+    begin, end = _extent(written)
+    for name, tensor in read.items():
+        if tensor is None or tensor.device != written.device:
+            continue
+        first, last = _extent(tensor)
+        if first < end and begin < last:
+            raise ValueError(
+                f"{operator}: overwrite needs logits whose memory nothing else has, got {name} in the same memory; "
+                "clone() one of them"
+            )
+
+
+def _extent(tensor: Tensor) -> tuple[int, int]:
+    """The addresses between which a tensor lies; nothing of an empty one."""
+    if tensor.numel() == 0:
+        return 0, 0
+    count = 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return tensor.data_ptr(), tensor.data_ptr() + count * tensor.element_size()

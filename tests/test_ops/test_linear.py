@@ -230,7 +230,7 @@ def test_linear_loss_backward_twice(backend: str) -> None:
 
 
 def test_linear_loss_only_where_needed(backend: str) -> None:
-    """A frozen tensor gets None; a loss that ignores the statistics gives zeros; no_grad leaves no graph."""
+    """A frozen tensor gets None; no_grad leaves no graph."""
     hidden, weight, bias = head(5, 64, 8)
     labels = torch.arange(5)
     frozen = fastdiv.LinearLogits(hidden, weight.detach(), bias.detach())
@@ -239,12 +239,31 @@ def test_linear_loss_only_where_needed(backend: str) -> None:
     with torch.no_grad():
         out = fastdiv.linear_loss(frozen, labels, lambda s, rows: -s.log_prob, backend=backend)
     assert not out.requires_grad
-    constant = fastdiv.linear_loss(
-        fastdiv.LinearLogits(hidden, weight, bias), labels, lambda s, rows: rows.float(), backend=backend
-    )
-    constant.backward()
-    assert constant == 10.0
-    assert weight.grad is not None and (weight.grad == 0).all()
+
+
+@pytest.mark.parametrize(
+    "token_loss",
+    [
+        lambda s, rows: rows.float(),
+        lambda s, rows: -s.log_prob.detach(),
+        lambda s, rows: torch.ones(len(rows), requires_grad=True) * 2.0,
+        lambda s, rows: s.argmax.float(),
+    ],
+)
+def test_a_token_loss_that_ignores_the_statistics_raises(backend: str, token_loss: Any) -> None:
+    tensors = head(5, 64, 8)
+    options: dict[str, Any] = {"outputs": ("log_prob", "argmax"), "backend": backend}
+    with pytest.raises(RuntimeError, match="linear_loss: token_loss must give a differentiable function"):
+        fastdiv.linear_loss(source(tensors), torch.arange(5), token_loss, **options)
+    with torch.no_grad():
+        assert not fastdiv.linear_loss(source(tensors), torch.arange(5), token_loss, **options).requires_grad
+
+
+def test_linear_loss_without_a_graph_forms_no_gradient(backend: str) -> None:
+    tensors = head(5, 64, 8)
+    with torch.no_grad(), torch.autograd.profiler.profile() as profile:
+        fastdiv.linear_loss(source(tensors), torch.arange(5), lambda s, rows: -s.log_prob, backend=backend)
+    assert sum(event.name in ("aten::mm", "aten::addmm", "aten::addmm_") for event in profile.function_events) == 1
 
 
 def test_weight_gradient_is_summed_in_float32(backend: str) -> None:

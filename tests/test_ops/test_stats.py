@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import io
+import pickle
 from typing import Any
 
 import pytest
@@ -166,3 +169,13 @@ def test_one_output_alone_is_the_same_as_among_others(backend: str) -> None:
     for name in together:
         alone = fastdiv.token_stats(x, labels, outputs=(name,), backend=backend)
         assert_bitwise_equal(alone[name], together[name], name)
+
+
+def test_saved_statistics_load_by_default() -> None:
+    stats = fastdiv.token_stats(torch.randn(3, 5), torch.arange(3))
+    file = io.BytesIO()
+    torch.save({"stats": stats}, file)
+    file.seek(0)
+    for again in (torch.load(file)["stats"], copy.deepcopy(stats), pickle.loads(pickle.dumps(stats))):
+        assert type(again) is fastdiv.TokenStats and list(again) == list(stats)
+        assert_bitwise_equal(again.entropy, stats.entropy)

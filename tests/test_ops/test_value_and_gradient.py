@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -99,6 +103,61 @@ def test_the_gradient_may_take_the_place_of_the_logits(backend: str, v: int, dty
         assert_bitwise_equal(got, want)
         if backend not in ("cuda", "triton") or not torch.cuda.is_available():
             assert got.data_ptr() == place.data_ptr()
+
+
+@pytest.mark.parametrize("make", [torch.tanh, lambda h: h.exp(), lambda h: torch.log_softmax(h, -1)])
+def test_a_graph_that_saved_overwritten_logits_raises(backend: str, make: Callable[[Tensor], Tensor]) -> None:
+    h = torch.randn(6, 50, requires_grad=True)
+    logits = make(h)
+    _, g = fastdiv.value_and_gradient(
+        logits.detach(), torch.arange(6), {"log_prob": -1 / 6}, overwrite=True, backend=backend
+    )
+    if backend not in ("cuda", "triton") or not torch.cuda.is_available():  # there a copy is written
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            logits.backward(g)
+
+
+def test_logits_may_be_overwritten_where_nobody_saved_them(backend: str) -> None:
+    h, labels = torch.randn(6, 50, requires_grad=True), torch.arange(6)
+    logits = h * 2.0
+    _, g = fastdiv.value_and_gradient(logits.detach(), labels, {"log_prob": -1.0}, overwrite=True, backend=backend)
+    logits.backward(g)
+    (want,) = torch.autograd.grad(torch.nn.functional.cross_entropy(h * 2.0, labels, reduction="sum"), h)
+    assert h.grad is not None and torch.allclose(h.grad, want, atol=1e-6)
+    with torch.inference_mode():  # tensors made there have no version
+        fastdiv.value_and_gradient(h * 2.0, labels, {"log_prob": -1.0}, overwrite=True, backend=backend)
+
+
+MEMORY = torch.rand(8, 50) + 0.1
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("teacher", {"teacher": MEMORY[:4].view_as(MEMORY[:4])}),
+        ("teacher", {"teacher": MEMORY[2:6]}),
+        ("temperature", {"temperature": MEMORY[0, :4]}),
+        ("weights of 'entropy'", {"weights": {"entropy": MEMORY[3, 10:14]}}),
+        ("weights of 'entropy'", {"weights": {"entropy": MEMORY[3, 10].expand(4)}}),
+    ],
+)
+def test_memory_of_overwritten_logits_is_theirs_alone(backend: str, name: str, options: dict[str, Any]) -> None:
+    weights = options.get("weights", {"reverse_kl": 1.0} if "teacher" in options else {"entropy": 1.0})
+    others = {k: v for k, v in options.items() if k != "weights"}
+    call = partial(fastdiv.value_and_gradient, MEMORY[:4], None, weights, backend=backend, **others)
+    call()  # without `overwrite` nothing is written
+    if backend not in ("cuda", "triton") or not torch.cuda.is_available():  # there they are copies
+        with pytest.raises(ValueError, match=f"value_and_gradient: overwrite needs .*got {name} in the same memory"):
+            call(overwrite=True)
+
+
+def test_neighbours_in_memory_are_apart(backend: str) -> None:
+    memory = torch.randn(8, 50)
+    teacher = memory[4:].clone()
+    fastdiv.value_and_gradient(
+        memory[:4], None, {"reverse_kl": 1.0}, teacher=memory[4:], overwrite=True, backend=backend
+    )
+    assert torch.equal(memory[4:], teacher)
 
 
 def test_softcap_scale_and_leading_dimensions(backend: str) -> None:
