@@ -18,11 +18,14 @@ CHOSEN := torch==$(TORCH) triton==$(TRITON) $(if $(filter 3.6.%,$(TRITON)),'nump
 NEWEST := $(PIP) --upgrade --upgrade-strategy eager --constraint $(VENV)/constraints.txt
 CSRC   := $(wildcard csrc/*.* csrc/cuda/*.h csrc/cuda/*.c*)
 
+QUICK  := tests/test_ops tests/test_objectives $(patsubst %,tests/test_%.py,covariance errors golden select)
+QUICK  += -k 'not two_ranks'
+
 .PHONY: test quick suite kernels cuda-kernels demo bench lint format native lockstep wheel gpu lock clean
 
 # Reference and native backends, the essentials of every operator.
 quick: native
-	FASTDIV_LOCKSTEP=0 TRITON_INTERPRET=0 $(PY) -m pytest -q $(QUICK)
+	FASTDIV_LOCKSTEP=0 TRITON_INTERPRET=0 CUDA_VISIBLE_DEVICES= $(PY) -m pytest -q $(QUICK)
 
 # Both at once: much of the suite keeps one core busy.
 test: lint lockstep

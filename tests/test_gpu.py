@@ -175,7 +175,6 @@ def no_waiting() -> Iterator[None]:
     torch.cuda.set_sync_debug_mode("default")
 
 
-@pytest.mark.filterwarnings("ignore:Synchronization debug mode:UserWarning")
 @EACH
 @WORKS
 def test_the_host_does_not_wait(work: Work, request: pytest.FixtureRequest) -> None:
