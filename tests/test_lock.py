@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from itertools import chain
 from pathlib import Path
 
 import pytest
@@ -26,8 +27,8 @@ def test_the_lock_fulfils_the_metadata() -> None:
     locked: dict[str, list[str]] = {}
     for name, version in (block[0].split("==") for block in BLOCKS):
         locked.setdefault(name, []).append(version)
-    asked = [*project["build-system"]["requires"], *sum(project["project"]["optional-dependencies"].values(), [])]
-    for requirement in map(Requirement, asked):
+    extras = project["project"]["optional-dependencies"].values()
+    for requirement in map(Requirement, chain(project["build-system"]["requires"], *extras)):
         name = re.sub(r"[-_.]+", "-", requirement.name).lower()
         assert name in locked, f"{name} is not in the lock: make lock"
         for version in locked[name]:
