@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import warnings
+from pathlib import Path
 
 import pytest
 
 WARN = "import warnings\ndef warn(level): warnings.warn('old', {category}, stacklevel=level)"
 CALL = "def call(warn): warn(2)"
+OURS = sorted({path.stem for path in Path(__file__).parent.rglob("*.py")})
 
 
 def module(name: str, text: str) -> dict[str, object]:
@@ -18,7 +20,7 @@ def module(name: str, text: str) -> dict[str, object]:
 
 
 @pytest.mark.parametrize("category", ["UserWarning", "DeprecationWarning", "FutureWarning"])
-@pytest.mark.parametrize("ours", ["fastdiv", "fastdiv.ops.linear", "test_edges", "conftest"])
+@pytest.mark.parametrize("ours", ["fastdiv", "fastdiv.ops.linear", "benchmarks.common", *OURS])
 def test_ours_is_an_error(ours: str, category: str) -> None:
     with pytest.raises(Warning, match="old"):
         module(ours, WARN.format(category=category))["warn"](1)  # type: ignore[operator]
