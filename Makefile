@@ -11,7 +11,7 @@ TRITON ?= 3.7.1
 LOCK   ?= requirements.lock
 
 PY     := $(VENV)/bin/python
-PIP    := $(PY) -m pip install --quiet
+PIP    := $(PY) -m pip install --quiet --disable-pip-version-check
 READY  := $(VENV)/.ready-$(TORCH)-$(TRITON)-$(if $(LOCK),locked,newest)
 # Nothing that pip resolves may replace these.  Triton 3.6's interpreter breaks with numpy 2.5.
 CHOSEN := torch==$(TORCH) triton==$(TRITON) $(if $(filter 3.6.%,$(TRITON)),'numpy<2.5')
