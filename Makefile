@@ -102,8 +102,9 @@ endif
 
 # Renews the lock: all extras, without torch and what a CUDA build of it brings.  uv has its own settings (UV_...): of
 # pip's it is told PIP_INDEX_URL alone.
+lock: export UV_DEFAULT_INDEX ?= $(PIP_INDEX_URL)
 lock: UV := $(VENV)-lock/bin/uv pip compile --quiet --universal --python-version 3.10 --generate-hashes \
-            --prerelease disallow --no-header --no-annotate $(if $(PIP_INDEX_URL),--default-index '$(PIP_INDEX_URL)')
+            --prerelease disallow --no-header --no-annotate
 lock:
 	$(PYTHON) -m venv $(VENV)-lock
 	$(VENV)-lock/bin/python -m pip install --quiet --upgrade uv
