@@ -6,6 +6,7 @@ import importlib.util
 import os
 import platform
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -21,7 +22,13 @@ if not torch.cuda.is_available():
 
 import elsewhere
 
+import fastdiv
 from fastdiv import backends
+
+# Processes that tests start import the package that the tests import, from any folder.
+os.environ["PYTHONPATH"] = os.pathsep.join(
+    [str(Path(fastdiv.__file__).resolve().parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])]
+)
 
 # Most tensors are small: two threads wait for each other twice as long as one works.  Tests of threads say how many.
 torch.set_num_threads(1)

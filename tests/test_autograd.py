@@ -92,8 +92,6 @@ def test_second_derivatives_of_functional_transforms_raise(backend: str) -> None
         torch.func.grad(lambda x: inner(x).square().sum() + x.sum())(torch.randn(7))
 
 
-# torch's own forward-mode machinery uses torch.jit.script, which it calls deprecated.
-@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")
 def test_forward_mode_raises(backend: str) -> None:
     x = torch.randn(3, 7)
     with pytest.raises(RuntimeError, match=r"(?i)forward.mode|jvp"):

@@ -52,7 +52,6 @@ def test_every_work_from_tensors(tmp_path: Path, capsys: pytest.CaptureFixture[s
             assert case["contestants"][FLOOR]["to_floor"] == {"median": 1.0, "low": 1.0, "high": 1.0}
 
 
-@pytest.mark.filterwarnings("ignore:.*torch.jit.script_method:DeprecationWarning")  # torch, importing its compiler
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
 def test_compile_and_memory(tmp_path: Path) -> None:
     path = tmp_path / "run.json"

@@ -14,6 +14,8 @@ from pathlib import Path
 import pytest
 import torch
 
+import fastdiv
+
 ROOT = Path(__file__).parent.parent
 TORCH_LIBGOMP = Path(torch.__file__).resolve().parent / "lib/libgomp.so.1"
 NEEDS_NVCC = pytest.mark.skipif(
@@ -108,7 +110,7 @@ def small(tree: Path) -> Path:
 
 
 def run(*command: str, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
-    ours = ("CXX", "NVCC", "FASTDIV_BUILD", "FASTDIV_CUDA_ARCHS", "FASTDIV_LOCKSTEP")
+    ours = ("CXX", "NVCC", "FASTDIV_BUILD", "FASTDIV_CUDA_ARCHS", "FASTDIV_LOCKSTEP", "PYTHONPATH")
     clean = {name: value for name, value in os.environ.items() if name not in ours}
     words = [sys.executable, *command]
     return subprocess.run(words, cwd=cwd, env=clean | environment, capture_output=True, text=True, timeout=300)
@@ -290,3 +292,9 @@ def test_native_module_shares_torchs_openmp() -> None:
     assert result.returncode == 0, result.stderr
     maps = result.stdout.splitlines()
     assert {line.split(maxsplit=5)[5] for line in maps if "libgomp" in line} == {str(TORCH_LIBGOMP)}
+
+
+def test_a_process_in_any_folder_imports_what_the_tests_import(tmp_path: Path) -> None:
+    program = "import fastdiv; print(fastdiv.__file__)"
+    said = subprocess.check_output([sys.executable, "-c", program], cwd=tmp_path, text=True)
+    assert Path(said.strip()) == Path(fastdiv.__file__).resolve()

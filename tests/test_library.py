@@ -15,9 +15,6 @@ from fastdiv import library
 from fastdiv.ops.call import prepare
 from fastdiv.testing import assert_bitwise_equal
 
-# torch.compile itself does what torch warns of.
-pytestmark = pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
-
 OUTPUTS = (*MODEL_OUTPUTS, "argmax", "is_top1", "rank")
 
 
@@ -145,8 +142,6 @@ def test_compile_dynamic_from_the_start(backend: str) -> None:
         assert_bitwise_equal(fast(x, labels), stats(x, labels))
 
 
-# Inductor itself imports what torch calls deprecated.
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_compile_by_inductor() -> None:
     def loss(x: Tensor, labels: Tensor) -> Tensor:
         stats = fastdiv.token_stats(x * 2.0, labels)

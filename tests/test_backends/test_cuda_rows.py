@@ -182,10 +182,10 @@ def test_no_byte_outside_the_rows_is_touched() -> None:
 
 def test_the_fence_is_there() -> None:
     program = f"import sys; sys.path[:0] = {sys.path!r}\nimport torch\nfrom test_cuda_rows import Fenced\n"
-    program += "t = Fenced((3, 33), 33, torch.float32, True).tensor\nprint(t.sum())\n"
+    program += "t = Fenced((3, 33), 33, torch.float32, True).tensor\nprint(t.sum(), flush=True)\n"
     program += "import ctypes; ctypes.string_at(t.data_ptr() + 3 * 33 * 4, 1)"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
-    assert done.stdout and done.returncode == -11
+    assert done.stdout and done.returncode == -11, done.stderr[-2000:]
 
 
 @pytest.mark.parametrize("v", [700, 5003])
