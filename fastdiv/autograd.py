@@ -52,7 +52,7 @@ class TokenStatistics(torch.autograd.Function):
     @classmethod
     def apply(cls, *given: Any) -> Any:
         """As inherited, without a look for defaults in the signature of `forward`, which takes longer than the work."""
-        plainly = super() if plain.transformed() else super(torch.autograd.Function, cls)
+        plainly: Any = super() if plain.transformed() else super(torch.autograd.Function, cls)
         return plainly.apply(*given)
 
     @staticmethod

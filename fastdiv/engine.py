@@ -183,8 +183,11 @@ class Problem:
         state = empty_state(self.rows, self.device)
         compared = state.new_zeros((self.rows, len(self.request.compared), 3))
         label_logits = torch.full(shape, torch.nan, dtype=self.work, device=self.device)
-        ranked = shape if "rank" in self.request.outputs else (self.rows, 0)
-        return Sums(state, label_logits, compared, state.new_zeros(ranked, dtype=torch.int64))
+        if "rank" in self.request.outputs:
+            rank = state.new_zeros(shape, dtype=torch.int64)
+        else:
+            rank = self.every_token.labels  # nobody looks
+        return Sums(state, label_logits, compared, rank)
 
 
 def _on_chip(problem: Problem, sums: Sums) -> bool:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
+from typing import NamedTuple
 
 import torch
 
 from fastdiv.divergences import DIVERGENCES, Divergence
 
 
-@dataclass(frozen=True)
-class Transform:
+class Transform(NamedTuple):
     """One model's logits transform; softcap 0 means none."""
 
     scale: float = 1.0

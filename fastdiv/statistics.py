@@ -55,7 +55,7 @@ def empty_state(rows: int, device: torch.device) -> Tensor:
     return state
 
 
-@dataclass(frozen=True)
+@dataclass  # not frozen, which costs more than the fields are worth
 class Tokens:
     """What belongs to n rows beside their logits."""
 
@@ -91,14 +91,14 @@ class Tokens:
         return ~self.ignored & ((self.labels < 0) | (self.labels >= self.vocabulary))
 
 
-@dataclass(frozen=True)
+@dataclass  # not frozen, which costs more than the fields are worth
 class Sums:
     """What one look or two at the logits of n rows leave."""
 
     state: Tensor  # [n, len(STATE)] float64
     label_logits: Tensor  # [n, K], NaN at labels outside the vocabulary
     compared: Tensor  # [n, C, 3] float64: value, dlp, dlq of each divergence that needs a second look
-    rank: Tensor  # [n, K] int64; no rows where nobody wants it
+    rank: Tensor  # [n, K] int64; anything where nobody wants it
 
     def part(self, rows: slice) -> Sums:
         """Those of some rows."""
@@ -151,7 +151,8 @@ class Statistics:
     @cached_property
     def log_prob(self) -> Tensor:
         """[rows, K]."""
-        maximum, tail, it = (c[:, None] for c in (self.max, self.tail, self.inverse_temperature))
+        maximum, tail = (self._state.narrow(1, _PLACES[name], 1) for name in ("max", "tail"))
+        it = self.inverse_temperature[:, None]
         return rowwise.log_prob(maximum, tail, it, self.label_logits)
 
     @cached_property
@@ -292,7 +293,7 @@ class Prepared:
 
 def finish(request: Request, tokens: Tokens, sums: Sums, skipped: bool = False) -> list[Tensor]:
     """The outputs of a request, [n] or [n, K] each; 0 at ignored labels and, where rows were `skipped`, at those."""
-    s, compared = Statistics(tokens, sums), iter(sums.compared.unbind(1))
+    s, compared = Statistics(tokens, sums), iter(sums.compared.unbind(1) if request.compared else ())
     absent = ~tokens.active if skipped else None
     result = []
     for name in request.outputs:

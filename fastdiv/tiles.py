@@ -21,7 +21,7 @@ from fastdiv.statistics import Tokens
 Terms = list[tuple[Divergence, float]]
 
 
-@dataclass(frozen=True)
+@dataclass  # not frozen, which costs more than the fields are worth
 class Rows:
     """Some rows of a tensor [*, columns]: those whose flat numbers are in `index`, or all where it is None."""
 

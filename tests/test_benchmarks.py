@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from fastdiv.benchmarks import floors, from_logits, memory
+from fastdiv.benchmarks import floors, from_logits, memory, per_call
 from fastdiv.benchmarks.__main__ import main
 from fastdiv.benchmarks.common import (
     COMPILE,
@@ -184,3 +184,9 @@ def test_ratios_are_taken_within_a_round() -> None:
 def test_peak_memory_sees_what_is_freed_again() -> None:
     peak, _ = memory.peak_bytes(lambda: float(torch.ones(64 << 18).sum()))
     assert 63 << 20 <= peak < 80 << 20  # the kernel's counters lag by some pages per thread
+
+
+def test_the_cost_per_call_is_measured() -> None:
+    found = per_call.measure(rounds=1)
+    assert list(found) == ["no graph", "graph", "backward"]
+    assert all(row["fastdiv"] > 0.0 and row["torch"] > 0.0 and row["ratio"] > 0.0 for row in found.values())

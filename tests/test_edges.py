@@ -365,15 +365,14 @@ def test_float64_is_refused_by_a_backend_without_it() -> None:
         fastdiv.entropy(random(3, 40).double(), backend="native")
 
 
-def test_autocast_changes_nothing(backend: str) -> None:
-    x, labels = random(3, 40), torch.arange(3)
-    hidden, weight, bias = head(3, 40, 8)
-    own = fastdiv.LinearLogits(hidden, weight, bias)
+def test_autocast_changes_nothing_but_products(backend: str) -> None:
+    """From hidden states see test_precision_of_products.py."""
+    x, y, labels = random(3, 40).requires_grad_(), random(3, 40, seed=1), torch.arange(3)
 
     def run() -> list[Tensor]:
-        out = [fastdiv.entropy(x, backend=backend), fastdiv.log_prob(own, labels, backend=backend)]
-        loss = fastdiv.linear_loss(own, labels, lambda s, rows: -s.log_prob, backend=backend)
-        return [*out, loss, *torch.autograd.grad(out[1].sum() + loss, (hidden, weight, bias))]
+        out = fastdiv.token_stats(x, labels, teacher=y, outputs=(*MODEL_OUTPUTS, "js", "rank"), backend=backend)
+        weighted = fastdiv.value_and_gradient(x, labels, {"log_prob": 1.0, "entropy": 0.5}, backend=backend)[1]
+        return [*out.values(), weighted, *torch.autograd.grad(out.log_prob.sum() + out.js.sum(), x)]
 
     want = run()
     with torch.autocast("cpu", dtype=torch.bfloat16):

@@ -51,7 +51,9 @@ WORKS: dict[str, Callable[[Tensor, Tensor, Tensor, str], list[Tensor]]] = {
 @pytest.mark.parametrize("name", PRESENT)
 @pytest.mark.parametrize("work", WORKS)
 def test_nothing_waits(work: str, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(engine.Problem, "_check_labels", lambda self: None)  # on a CPU alone
+    # On a CPU alone.
+    monkeypatch.setattr(engine.Problem, "_check_labels", lambda self: None)
+    monkeypatch.setattr(engine.Problem, "_clean", lambda self, labels: False)
     x, y = torch.randn(4, 300).bfloat16().requires_grad_(), torch.randn(4, 300).bfloat16()
     labels = torch.tensor([0, 1, 2, 299])
     with Watch() as watch:
