@@ -98,13 +98,11 @@ def gradient(
         y_shift = framed(frame, row, here, 5)
         rest = framed(frame, row, here, 6)
         apart = framed(frame, row, here, 8)
-        y_cut = framed(frame, row, here, 10)
         e0 = tl.load(coefficients + 5, mask=here, other=0.0)[:, None]
     if dy is not None:
         dy_first = first_of(dy, dy_offsets, dy_stride, row, here)
     x_max = framed(frame, row, here, 0)
     x_norm = framed(frame, row, here, 1)
-    x_cut = framed(frame, row, here, 9)
     if LABELS > 0:
         slot = tl.arange(0, LABEL_BLOCK)[None, :]
         at = row[:, None] * LABELS + slot
@@ -117,7 +115,7 @@ def gradient(
         inside = here[:, None] & (column < columns)[None, :]
         present = inside & active[:, None]  # a row that does not take part has logits of -inf, so gradients of 0
         t = read(x_first, column, present, x_scale, x_softcap, X_KIND)
-        v = tl.where(t > x_cut, x_max, t)
+        v = tl.where(t > framed(frame, row, here, 9), x_max, t)  # loaded here: no register keeps it
         lp = (v - x_max) * it - x_norm
         p = tl.exp(lp)
         g = c0 * p
@@ -142,7 +140,7 @@ def gradient(
                 g -= label_total * p
         if y is not None:
             u = read(y_first, column, present, y_scale, y_softcap, Y_KIND)
-            w = tl.where(u > y_cut, y_max, u)
+            w = tl.where(u > framed(frame, row, here, 10), y_max, u)
             q = tl.exp((w - y_max) * it - y_norm)
             d = (((v - x_shift) - (w - y_shift)) - apart) * it - rest
             h = tl.where(e0 == 0.0, 0.0, e0 * q)
