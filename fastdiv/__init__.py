@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from fastdiv import backends as _backends
 from fastdiv import objectives, select, testing
 from fastdiv.log import configure as _configure
 from fastdiv.ops.covariance import MaskedCovariance, masked_covariance
@@ -62,3 +63,4 @@ def info() -> dict[str, object]:
 
 
 _configure()
+_backends._load("native")  # 3 ms; were torch.compile to trace it at the first call, the second would be traced again

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Callable
 
 import pytest
@@ -78,3 +80,15 @@ def test_an_exported_program_takes_any_length(strict: bool) -> None:
         for length in (2, 4, 30):
             given = inputs((2, length, 8))
             assert_bitwise_equal(program.module()(*given), head(*given))
+
+
+def test_a_backend_that_a_trace_loads_is_no_reason_for_a_second_one() -> None:
+    program = """
+import torch, fastdiv
+fast = torch.compile(fastdiv.log_prob, backend="aot_eager", dynamic=True, fullgraph=True)
+for n in (6, 7, 9):
+    fast(torch.randn(n, 40), torch.arange(n))
+print(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+"""
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", program], capture_output=True, text=True)
+    assert done.stdout.strip() == "1", done.stderr
