@@ -22,7 +22,16 @@ from fastdiv.ops import covariance, linear, stats
 
 HOME = torch.device("cpu")
 
-NOT_THERE = {"test_saved_tensors_are_small": "counts the tensors of the test, which a copy of them hides"}
+_VIEW = "what comes back is a view of a copy, which may not be written"
+_TRACED = "while a call is traced its token loss runs there, the tensors that it closes over are here"
+NOT_THERE = {
+    "test_saved_tensors_are_small": "counts the tensors of the test, which a copy of them hides",
+    "test_outputs_may_be_written_in_place": _VIEW,
+    "test_opcheck_of_value_and_gradient": "hands tensors of two devices to the operator itself",
+    "test_an_exported_program_trains": _TRACED,
+    "test_compile_over_a_functional_gradient": _TRACED,
+    "test_compile_linear_loss": _TRACED,
+}
 """Tests that mean nothing elsewhere, and why."""
 
 WHOLE = ("masked_covariance", "top_k", "random_subset", "value_and_gradient")

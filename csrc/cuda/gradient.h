@@ -43,8 +43,10 @@ struct ListedTerms {
 };
 
 template <typename T, typename Terms>
-FD_KERNEL void FD_BOUNDS(kMostThreads, Terms::kPair ? 2 : 4) gradient_kernel(const RowGradient args) {
-  constexpr int kWide = kPack<T>, kFlight = Terms::kPair ? 1 : 2;  // loads of a thread at a time
+FD_KERNEL void FD_BOUNDS(kMostThreads, Terms::kToTeacher ? 2
+                                       : Terms::kPair    ? 3
+                                                         : 4) gradient_kernel(const RowGradient args) {
+  constexpr int kWide = kPack<T>, kFlight = Terms::kToTeacher ? 1 : 2;  // loads of a thread at a time
   constexpr bool kPair = Terms::kPair;
   const Tile& tile = args.tile;
   const int64_t row = block();

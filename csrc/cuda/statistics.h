@@ -125,9 +125,7 @@ FD_DEVICE void first_look(const Row<T>& x, const Row<T>& y, const Slice& slice, 
 
 // Blocks of a processor: the more of them, the fewer registers a thread has, and nothing may be spilled.
 template <typename T, Moments kMoments, typename Term>
-constexpr int kBlocksAtOnce = Term::kSums                                  ? 2
-                              : kMoments == Moments::kAll || kPack<T> == 4 ? 3
-                                                                           : 4;
+constexpr int kBlocksAtOnce = Term::kSums || kMoments == Moments::kAll || kPack<T> == 4 ? 3 : 4;
 
 template <typename T, Moments kMoments, typename Term>
 FD_KERNEL void FD_BOUNDS(kMostThreads, (kBlocksAtOnce<T, kMoments, Term>))

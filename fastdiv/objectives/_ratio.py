@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -11,6 +12,17 @@ from fastdiv.objectives import aggregate
 from fastdiv.ops.covariance import check_bool, check_tokens
 
 LOG_RATIO_BOUND = 20.0
+
+
+def saturated(x: Tensor) -> Tensor:
+    """x where e^x is finite, else the largest such number, with the gradient of x.
+
+    e^x and its derivative then are the dtype's largest numbers in place of infinity, whose product with 0 (a clipped
+    loss, an advantage of 0) would be NaN.
+    """
+    most = math.log(torch.finfo(x.dtype).max)
+    most = math.nextafter(most, 0.0) if x.dtype == torch.float64 else most * (1 - torch.finfo(x.dtype).eps)
+    return torch.where(x > most, most + (x - x.detach()), x)
 
 
 class RatioTokens(NamedTuple):
@@ -37,7 +49,9 @@ def ratio_tokens(
     extreme = log_ratio.abs() > LOG_RATIO_BOUND
     if clamped:
         log_ratio = log_ratio.clamp(-LOG_RATIO_BOUND, LOG_RATIO_BOUND)
-    return RatioTokens(valid, log_ratio, log_ratio.exp(), torch.where(valid, advantages.detach(), 0), extreme)
+    return RatioTokens(
+        valid, log_ratio, saturated(log_ratio).exp(), torch.where(valid, advantages.detach(), 0), extreme
+    )
 
 
 def surrogates(tokens: RatioTokens, clip_low: float, clip_high: float) -> tuple[Tensor, Tensor]:

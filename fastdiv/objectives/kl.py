@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from fastdiv.objectives import aggregate
-from fastdiv.objectives._ratio import LOG_RATIO_BOUND
+from fastdiv.objectives._ratio import LOG_RATIO_BOUND, saturated
 from fastdiv.objectives._registry import objective
 from fastdiv.ops.covariance import check_tokens
 
@@ -91,10 +91,10 @@ def sampled_kl(
     value = {"k1": d, "k2": d.square() / 2, "k3": k3, "abs": d.abs()}[estimator]
 
     if gradient != "own":
-        slope = d if gradient == "reverse_kl" else -torch.expm1(-bounded)
+        slope = d if gradient == "reverse_kl" else -torch.expm1(saturated(-bounded))
         value = value.detach() + slope.detach() * (d - d.detach())
     if old_log_prob is not None:
-        ratio = (log_prob - torch.where(valid, old_log_prob.detach(), 0)).exp()
+        ratio = saturated(log_prob - torch.where(valid, old_log_prob.detach(), 0)).exp()
         value = value * (ratio if gradient == "own" else ratio.detach())
 
     loss = aggregate.reduce(value, valid, aggregation, normalizer=normalizer, length=length)
@@ -116,4 +116,4 @@ def _exp_minus_tangent(x: Tensor) -> Tensor:
     series = torch.zeros_like(x)
     for n in range(12, 1, -1):  # Horner: x^2/2 (1 + x/3 (1 + x/4 (...))); 11 terms reach float64 at 0.1
         series = (1 + series) * near / n if n > 2 else (1 + series) * near.square() / 2
-    return torch.where(small, series, torch.expm1(x) - x)
+    return torch.where(small, series, torch.expm1(saturated(x)) - x)

@@ -204,7 +204,7 @@ def compile_for(it: Launch, name: str) -> Report:
         attrs={(names.index(n),): [["tt.divisibility", 16]] for n in aligned},
     )
     begin = time.perf_counter()
-    compiled = triton.compile(source, target=gpu, options={"num_warps": it.shape.warps, **launch.OPTIONS})
+    compiled = triton.compile(source, target=gpu, options={"num_warps": it.shape.warps})
     seconds = time.perf_counter() - begin
     registers, stack, spilled = _counts(compiled, gpu)
     narrow = tuple(narrow_pointers(compiled.asm["ttir"]))

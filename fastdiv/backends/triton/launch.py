@@ -25,9 +25,6 @@ from fastdiv.tiles import Rows, Terms, Tile
 
 Arguments = tuple[Any, ...]
 
-OPTIONS = {"enable_fp_fusion": False}
-"""What every kernel is compiled with."""
-
 
 def place(it: Rows | None) -> Arguments:
     """(tensor, row offsets or None, row stride) as the kernels take a tensor's rows."""
@@ -53,9 +50,6 @@ def run(kernel: Any, rows: int, shape: blocks.Shape, *arguments: Any, times: int
     """Every launch: (kernel, how many rows, what a program takes, the arguments that may change from call to call,
     then the ones that a kernel is compiled for); `times` for a second axis of the grid.
 
-    Products and sums are not fused: the compiler would fuse others where a stride is 1 or a multiple of 16, so that a row
-    had other bits alone than in a batch, and the KL of a model to itself would not be 0.
-
     A kernel that does not compile or run is an error that says what to do.
     """
     if rows == 0:
@@ -64,7 +58,7 @@ def run(kernel: Any, rows: int, shape: blocks.Shape, *arguments: Any, times: int
     try:
         with _on(device):
             kernel[triton.cdiv(rows, shape.rows), times](
-                *arguments, **fixed, ROWS=shape.rows, BLOCK=shape.block, num_warps=shape.warps, **OPTIONS
+                *arguments, **fixed, ROWS=shape.rows, BLOCK=shape.block, num_warps=shape.warps
             )
     except (TritonError, RuntimeError) as error:
         name = "the interpreter" if device.type == "cpu" else torch.cuda.get_device_name(device)
