@@ -36,6 +36,7 @@ from fastdiv.objectives._ratio import (
     fraction,
     ratio_metrics,
     ratio_tokens,
+    rounded,
     surrogates,
 )
 from fastdiv.objectives._registry import objective
@@ -96,8 +97,9 @@ def ppo_clip(
         mask: [*], bool; None: all valid. What stands at masked tokens changes neither loss nor gradient.
         clip_low, clip_high: >= 0; 0.2 and 0.2 in PPO, 0.2 and 0.28 in DAPO (presets PPO, DAPO).
         dual_clip: > 1, or None.
-        clamp: None, or "verl": log r is clamped to [-20, 20]; beyond, the gradient is 0. Without it a log r
-            above 88 overflows float32, and the loss or its gradient is no longer finite.
+        clamp: None, or "verl": log r is clamped to [-20, 20]; beyond, the gradient is 0. Without it the loss of
+            a token whose log r is above 88 is infinite in float32 where no clip bounds it; where one does, or
+            where A is 0, loss and gradient are what they should be.
         aggregation, normalizer, length: see `aggregate.reduce`; "none" returns token losses [*].
 
     Returns:
@@ -126,7 +128,8 @@ def ppo_clip(
     metrics = ratio_metrics(tokens) | clip_fractions(tokens, plain, clipped)
     metrics["dual_clip_fraction"] = fraction(bounded, tokens)
     metrics["clamped_fraction"] = fraction(tokens.extreme, tokens)
-    return aggregate.reduce(losses, tokens.valid, aggregation, normalizer=normalizer, length=length), metrics
+    loss = aggregate.reduce(losses, tokens.valid, aggregation, normalizer=normalizer, length=length)
+    return rounded(log_prob, loss, metrics)
 
 
 def clip_cov_select(
@@ -243,7 +246,8 @@ def clip_cov(
     plain, clipped = surrogates(tokens, clip_low, clip_high)
     losses = torch.where(selected, 0, torch.maximum(plain, clipped))
     metrics = ratio_metrics(tokens) | clip_fractions(tokens, plain, clipped) | {"selected": selected.sum()}
-    return aggregate.reduce(losses, tokens.valid, aggregation, normalizer=normalizer, length=length), metrics
+    loss = aggregate.reduce(losses, tokens.valid, aggregation, normalizer=normalizer, length=length)
+    return rounded(log_prob, loss, metrics)
 
 
 def kl_cov_select(
@@ -327,4 +331,5 @@ def kl_cov(
         "penalty": aggregate.token_mean(penalty.detach(), tokens.valid),
         "selected": selected.sum(),
     }
-    return aggregate.reduce(losses, tokens.valid, aggregation, normalizer=normalizer, length=length), metrics
+    loss = aggregate.reduce(losses, tokens.valid, aggregation, normalizer=normalizer, length=length)
+    return rounded(log_prob, loss, metrics)
