@@ -7,8 +7,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fastdiv import accept
 from fastdiv.objectives import aggregate
-from fastdiv.ops.covariance import check_bool, check_tokens
+from fastdiv.ops.covariance import check_tokens
 
 LOG_RATIO_BOUND = 20.0
 
@@ -68,12 +69,11 @@ def surrogates(tokens: RatioTokens, clip_low: float, clip_high: float) -> tuple[
 
 def check_clip(operator: str, clip_low: float, clip_high: float) -> None:
     for name, bound in (("clip_low", clip_low), ("clip_high", clip_high)):
-        if not bound >= 0:
-            raise ValueError(f"{operator}: {name} must not be negative, got {bound}")
+        accept.bounded(operator, name, bound, 0.0, "not be negative")
 
 
 def check_selected(operator: str, selected: Tensor, tokens: RatioTokens) -> Tensor:
-    check_bool(operator, "selected", selected)
+    selected = accept.mask(operator, "selected", selected)
     if selected.shape != tokens.valid.shape:
         raise ValueError(
             f"{operator}: selected must have the shape of log_prob, {list(tokens.valid.shape)}, "

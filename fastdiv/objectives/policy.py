@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from fastdiv import select
+from fastdiv import accept, select
 from fastdiv.objectives import aggregate
 from fastdiv.objectives._ratio import (
     check_clip,
@@ -80,7 +80,7 @@ def ppo_clip(
     *,
     clip_low: float = 0.2,
     clip_high: float = 0.2,
-    dual_clip: float | None = None,
+    dual_clip: float | Tensor | None = None,
     clamp: str | None = None,
     aggregation: str = "token_mean",
     normalizer: float | Tensor | None = None,
@@ -113,8 +113,8 @@ def ppo_clip(
     Source: arXiv 1707.06347, Eq. 7; arXiv 2503.14476 (two bounds); arXiv 1912.09729 (dual clip).
     """
     check_clip("ppo_clip", clip_low, clip_high)
-    if dual_clip is not None and not dual_clip > 1:
-        raise ValueError(f"ppo_clip: dual_clip must be greater than 1, got {dual_clip}")
+    if dual_clip is not None:
+        dual_clip = accept.bounded("ppo_clip", "dual_clip", dual_clip, 1.0, "be greater than 1", strictly=True)
     if clamp not in (None, "verl"):
         raise ValueError(f"ppo_clip: clamp must be 'verl' or None, got {clamp!r}")
     tokens = ratio_tokens("ppo_clip", log_prob, old_log_prob, advantages, mask, clamped=clamp == "verl")
@@ -285,7 +285,7 @@ def kl_cov(
     advantages: Tensor,
     mask: Tensor | None = None,
     *,
-    beta: float = 1.0,
+    beta: float | Tensor = 1.0,
     selected: Tensor | None = None,
     ratio: float | None = None,
     index: Tensor | None = None,
@@ -315,8 +315,7 @@ def kl_cov(
     Source: arXiv 2505.22617, Eqs. 10, 13, 14, with the penalty of its Listing 1; presets KL_COV_7B,
     KL_COV_32B.
     """
-    if not beta >= 0:
-        raise ValueError(f"kl_cov: beta must not be negative, got {beta}")
+    beta = accept.bounded("kl_cov", "beta", beta, 0.0, "not be negative")
     tokens = ratio_tokens("kl_cov", log_prob, old_log_prob, advantages, mask)
     if selected is None:
         if ratio is None:

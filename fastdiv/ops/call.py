@@ -8,7 +8,10 @@ from torch import Tensor
 
 from fastdiv import backends, checks
 from fastdiv.request import Request, Transform
-from fastdiv.sources import Source
+from fastdiv.sources import LogProbabilities, Source
+
+_STUDENT = {"token_stats": "source", "divergence": "student", "linear_loss": "head"}
+"""What operators call their first argument."""
 
 
 class Call(NamedTuple):
@@ -26,7 +29,7 @@ def prepare(
     operator: str,
     student: Tensor | Source,
     labels: Tensor | None,
-    teacher: Tensor | Source | None,
+    teacher: Tensor | Source | LogProbabilities | None,
     outputs: tuple[str, ...],
     *,
     parameters: dict[str, float | None],
@@ -37,10 +40,11 @@ def prepare(
     workspace: int | None,
 ) -> Call:
     """Checks everything once; the result is passed down unchanged."""
-    own = checks.source(operator, "student" if teacher is not None else "logits", student)
-    other = None if teacher is None else checks.teacher(operator, own, teacher)
-    names = checks.outputs(operator, outputs, labels is not None, other is not None)
+    own = checks.source(operator, _STUDENT.get(operator, "logits"), student)
     number, per_token = checks.temperature(operator, own, temperature)
+    one = number if per_token is None else None
+    other = None if teacher is None else checks.teacher(operator, own, teacher, one)
+    names = checks.outputs(operator, outputs, labels is not None, other is not None)
     sides = [own] if other is None else [own, other]
     request = Request.of(
         names,
