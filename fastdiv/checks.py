@@ -274,3 +274,9 @@ def workspace(operator: str, device: torch.device, value: object) -> int:
 def ignore_index(operator: str, value: object) -> int:
     """The label that marks tokens to leave out."""
     return accept.integer(operator, "ignore_index", value, "an integer")
+
+
+def named(operator: str, error: Exception) -> Exception:
+    """An error about values, which are seen where no operator is known, with the operator's name before it."""
+    about_values = str(error).startswith(("labels: ", "temperature: "))
+    return type(error)(f"{operator}: {error}") if about_values else error

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.autograd.forward_ad import unpack_dual
 
+from fastdiv import checks
 from fastdiv.autograd import TokenStatistics
 from fastdiv.ops.call import prepare
 from fastdiv.sources import LogProbabilities, Source
@@ -32,7 +33,10 @@ def run(operator: str, student: Tensor | Source, labels: Tensor | None, **option
     """The one way from a public operator to the kernels."""
     call = prepare(operator, student, labels, **options)  # type: ignore[arg-type]
     function: Any = TokenStatistics.apply if any(map(_differentiated, call.tensors)) else TokenStatistics.forward
-    outputs = function(call.request, call.students, call.labels, call.mask, call.temperature, *call.tensors)
+    try:
+        outputs = function(call.request, call.students, call.labels, call.mask, call.temperature, *call.tensors)
+    except (IndexError, ValueError) as error:
+        raise checks.named(operator, error) from None
     return TokenStats(zip(call.request.outputs, outputs[:-2], strict=True))
 
 
@@ -77,7 +81,8 @@ def token_stats(
         beta: mixture weight of `js`, in (0, 1); default 0.5.
         temperature: above 0; a number, or a tensor: one per token [*], one per sequence [B] (last sizes may be left
             out), or 0-dim.  Divides both models' logits, after scale and softcap.
-        mask: bool [*], or 0 and 1 in any dtype.  Tokens where it is False cost nothing, give 0, and receive exactly zero gradient.
+        mask: bool [*], or 0 and 1 in any dtype.  Tokens where it is False cost nothing, give 0, and receive exactly
+            zero gradient.
         ignore_index: a label that is not one: its per-label outputs are 0 and have no gradient; a token all of whose
             labels are ignored counts as masked.
         backend: "native", "cuda", "triton" or "reference"; None chooses (`fastdiv.info()` and FASTDIV_LOG=1 tell).

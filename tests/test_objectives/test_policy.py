@@ -317,3 +317,16 @@ def test_presets_are_the_papers_numbers() -> None:
 def test_errors(call: Callable[..., Any], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         call(arguments(random_batch()))
+
+
+def test_clip_bounds_of_zero() -> None:
+    """Nothing is gained by a move: the loss is at least -A, and only moves that lose have a gradient."""
+    x = torch.tensor([0.5, -0.5, 0.5, -0.5], dtype=torch.float64, requires_grad=True)
+    old, advantages = torch.zeros(4, dtype=torch.float64), torch.tensor([1.0, 1.0, -1.0, -1.0], dtype=torch.float64)
+    for options in ({"clip_low": 0.0, "clip_high": 0.0}, {"clip_low": 0.0}, {"clip_high": 0.0}):
+        ppo_clip(x, old, advantages, **options)
+    losses, _ = ppo_clip(x, old, advantages, clip_low=0.0, clip_high=0.0, aggregation="none")
+    ratio = x.detach().exp()
+    assert torch.equal(losses.detach(), torch.stack([-ratio[0] * 0 - 1, -ratio[1], ratio[2], ratio[3] * 0 + 1]))
+    (gradient,) = torch.autograd.grad(losses.sum(), x)
+    torch.testing.assert_close(gradient, torch.stack([ratio[0] * 0, -ratio[1], ratio[2], ratio[3] * 0]))

@@ -386,3 +386,16 @@ def test_float32_stays_float32_and_metrics_are_constants() -> None:
 def test_errors(call: Callable[..., Any], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         call(*random_sides())
+
+
+def test_a_policy_that_is_its_reference_prefers_nothing(pair: tuple[Responses, Responses]) -> None:
+    """z = 0 is not above 0."""
+    c, r = (side._replace(log_prob=side.ref_log_prob, forward_kl=torch.zeros_like(side.mask.double())) for side in pair)
+    for loss_of in (dpo, tdpo1, tdpo2):
+        loss, metrics = loss_of(c, r)
+        assert metrics["accuracy"] == 0 and metrics["margin"] == 0
+        assert loss.item() == pytest.approx(0.6931471805599453)
+
+
+def test_tdpo2_without_its_divergence_is_dpo(pair: tuple[Responses, Responses]) -> None:
+    assert torch.equal(tdpo2(*pair, alpha=0.0)[0], dpo(*pair)[0])
