@@ -10,6 +10,7 @@ import pytest
 import torch
 from cases import DIVERGENCES
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import fastdiv
 from fastdiv.objectives import Responses, aggregate, clip_cov_select, dpo, kl_cov, ppo_clip, sparse_po, tdpo2
@@ -171,6 +172,18 @@ def test_values_elsewhere_are_looked_at_only_when_asked(monkeypatch: pytest.Monk
     assert not fastdiv.accept.looks_at(MASK.to("meta"))
     options = {"mask": MASK.long().to("meta"), "temperature": torch.tensor(0.7, device="meta")}
     assert fastdiv.accept.mask("log_prob", "mask", options["mask"]).is_meta
+
+
+def test_no_argument_waits_for_its_device() -> None:
+    """A tensor without values refuses what would read one."""
+    with FakeTensorMode():
+        source = fastdiv.Logits(torch.empty(B, T, V, device="cuda"))
+        mask = fastdiv.checks.mask("log_prob", source, torch.empty(B, T, dtype=torch.int64, device="cuda"))
+        labels = fastdiv.checks.labels("log_prob", source, torch.empty(B * T, dtype=torch.int64, device="cuda"))
+        assert mask is not None and mask.shape == labels.shape == (B, T) and mask.dtype == torch.bool
+        for device in ("cuda", "cpu"):
+            _, spread = fastdiv.checks.temperature("log_prob", source, torch.empty((), device=device))
+            assert spread is not None and spread.shape == (B, T) and spread.device.type == "cuda"
 
 
 # numpy's numbers
