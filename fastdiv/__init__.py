@@ -11,12 +11,13 @@ from fastdiv.ops.linear import linear_loss
 from fastdiv.ops.logprob import entropy, log_prob
 from fastdiv.ops.stats import TokenStats, token_stats
 from fastdiv.ops.value_and_gradient import value_and_gradient
-from fastdiv.sources import LinearLogits, Logits
+from fastdiv.sources import LinearLogits, Logits, LogProbabilities
 
 __version__ = "0.1.0"
 
 __all__ = [
     "LinearLogits",
+    "LogProbabilities",
     "Logits",
     "MaskedCovariance",
     "TokenStats",

@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from fastdiv import plain
-from fastdiv.ops.covariance import all_reduce_sum, check_alike, check_bool, everyone, token_kernels
+from fastdiv import accept, plain
+from fastdiv.accept import describe
+from fastdiv.ops.covariance import all_reduce_sum, check_alike, everyone, token_kernels
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -43,7 +44,7 @@ def top_k(
 
     Arguments:
         scores: [*], any floating dtype.
-        mask: [*], bool, the tokens to choose from; None: all.
+        mask: [*], bool or 1 and 0, the tokens to choose from; None: all.
         k: how many over the whole scope (int, or 0-dim integer tensor); more than there are takes all.
         ratio: in (0, 1], in place of k: see `k_from_ratio`, with the number of valid tokens. Exactly one of
             the two.
@@ -65,7 +66,7 @@ def top_k(
             that is unknown or does not run on the device.
         RuntimeError: a backend that is absent.
     """
-    check_alike("top_k", mask, {"scores": scores}, precise=False)
+    mask = check_alike("top_k", mask, {"scores": scores}, precise=False)
     _check_index("top_k", index, scores)
     wanted = _check_k("top_k", k, ratio)
     first = _first_index(scores, process_group) if index is None else None
@@ -100,7 +101,7 @@ def random_subset(
     advanced.
 
     Arguments:
-        eligible: [*], bool.
+        eligible: [*], bool or 1 and 0.
         k, ratio: as in `top_k`; a ratio refers to the number of eligible tokens of the scope.
         seed, step: integers; change `step` with every optimiser step, otherwise the same tokens win again.
         index: [*], int64, as in `top_k`; give it to make the choice independent of how the batch is cut.
@@ -112,10 +113,8 @@ def random_subset(
     Raises:
         TypeError, ValueError, RuntimeError: as `top_k`; TypeError: seed or step no integer.
     """
-    check_bool("random_subset", "eligible", eligible)
-    for name, number in (("seed", seed), ("step", step)):
-        if not isinstance(number, int) or isinstance(number, bool):
-            raise TypeError(f"random_subset: {name} must be an int, got {type(number).__name__}")
+    eligible = accept.mask("random_subset", "eligible", eligible)
+    seed, step = (accept.integer("random_subset", name, n) for name, n in (("seed", seed), ("step", step)))
     _check_index("random_subset", index, eligible)
     wanted = _check_k("random_subset", k, ratio)
     first = _first_index(eligible, process_group) if index is None else None
@@ -137,7 +136,7 @@ def k_from_ratio(ratio: float, count: Tensor) -> Tensor:
     scope the effective ratio exceeds the nominal one. `count` is a 0-dim integer tensor; so is the result,
     on the same device.
     """
-    _check_ratio("k_from_ratio", ratio)
+    ratio = _check_ratio("k_from_ratio", ratio)
     return (count.double() * ratio).to(torch.int64).clamp(min=1).minimum(count)
 
 
@@ -146,22 +145,22 @@ def _check_k(operator: str, k: int | Tensor | None, ratio: float | None) -> int 
     if (k is None) == (ratio is None):
         raise ValueError(f"{operator}: give exactly one of k and ratio, got k={k}, ratio={ratio}")
     if ratio is not None:
-        _check_ratio(operator, ratio)
-        return float(ratio)
+        return _check_ratio(operator, ratio)
     if isinstance(k, Tensor):
         if k.dim() != 0 or k.is_floating_point() or k.is_complex() or k.dtype == torch.bool:
             raise TypeError(f"{operator}: a tensor k must be a 0-dim integer, got {k.dtype} {list(k.shape)}")
         return k
-    if not isinstance(k, int) or isinstance(k, bool):
-        raise TypeError(f"{operator}: k must be an int, got {type(k).__name__}")
+    k = accept.integer(operator, "k", k)
     if k < 0:
         raise ValueError(f"{operator}: k must not be negative, got {k}")
     return k
 
 
-def _check_ratio(operator: str, ratio: float) -> None:
+def _check_ratio(operator: str, ratio: float) -> float:
+    ratio = accept.number(operator, "ratio", ratio)
     if not 0.0 < ratio <= 1.0:
         raise ValueError(f"{operator}: ratio must be in (0, 1], got {ratio}")
+    return ratio
 
 
 def _how_many(count: Tensor, wanted: int | float | Tensor) -> Tensor:
@@ -177,8 +176,7 @@ def _check_index(operator: str, index: Tensor | None, like: Tensor) -> None:
     if index is None:
         return
     if not isinstance(index, Tensor) or index.dtype != torch.int64:
-        got = index.dtype if isinstance(index, Tensor) else type(index).__name__
-        raise TypeError(f"{operator}: index must be an int64 Tensor, got {got}")
+        raise TypeError(f"{operator}: index must be an int64 tensor, got {describe(index)}")
     if index.shape != like.shape or index.device != like.device:
         raise ValueError(
             f"{operator}: index must be {list(like.shape)} on {like.device}, got {list(index.shape)} on {index.device}"

@@ -112,4 +112,14 @@ class LinearLogits:
         return transform(raw, self.scale, self.softcap)
 
 
+@dataclass(frozen=True, eq=False)
+class LogProbabilities:
+    """A teacher's log-probabilities [*, V], which the temperature does not divide; of probabilities: their `log()`.
+
+    They are normalised again.  A temperature, which then is the student's alone, must be one number.
+    """
+
+    tensor: Tensor  # [*, V]
+
+
 Source = Logits | LinearLogits

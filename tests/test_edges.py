@@ -308,6 +308,17 @@ def test_columns_that_are_not_adjacent_are_copied(backend: str) -> None:
     assert_bitwise_equal(got[0].grad, got[1].grad)
 
 
+def test_columns_apart_behind_a_size_of_one(backend: str) -> None:
+    """[B, 1, V] whose vocabulary is not adjacent, as a slice of a transposed tensor is."""
+    x = random(3, 40, 1).transpose(1, 2).transpose(0, 2).contiguous().transpose(0, 2)
+    assert x.shape == (3, 1, 40) and x.stride(-1) != 1
+    got = [t.detach().requires_grad_() for t in (x, x.contiguous())]
+    for t in got:
+        fastdiv.entropy(t, backend=backend).sum().backward()
+    assert_bitwise_equal(fastdiv.entropy(got[0], backend=backend), fastdiv.entropy(got[1], backend=backend))
+    assert_bitwise_equal(got[0].grad, got[1].grad)
+
+
 def test_expanded_upstream_gradient(backend: str) -> None:
     x = random(5, 40).requires_grad_()
     for reduce in (torch.sum, torch.mean):

@@ -2,35 +2,43 @@
 
 from __future__ import annotations
 
-import math
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from fastdiv import accept
 from fastdiv.objectives import aggregate
-from fastdiv.ops.covariance import check_bool, check_tokens
+from fastdiv.ops.covariance import check_tokens
 
 LOG_RATIO_BOUND = 20.0
 
-
-def saturated(x: Tensor) -> Tensor:
-    """x where e^x is finite, else the largest such number, with the gradient of x.
-
-    e^x and its derivative then are the dtype's largest numbers in place of infinity, whose product with 0 (a clipped
-    loss, an advantage of 0) would be NaN.
-    """
-    most = math.log(torch.finfo(x.dtype).max)
-    most = math.nextafter(most, 0.0) if x.dtype == torch.float64 else most * (1 - torch.finfo(x.dtype).eps)
-    return torch.where(x > most, most + (x - x.detach()), x)
+_LARGEST_EXPONENT = 700.0  # e^700 is finite in float64, and far from finite in float32
 
 
 class RatioTokens(NamedTuple):
+    """Float64 whatever the inputs: beyond a log-ratio of 88 a loss may be finite where a float32 ratio is not."""
+
     valid: Tensor
     log_ratio: Tensor
     ratio: Tensor
     advantages: Tensor
     extreme: Tensor
+
+
+def wide(valid: Tensor, values: Tensor) -> Tensor:
+    """In float64, 0 at other than valid tokens.  Once per tensor, so that its gradients add up before they are rounded:
+    in float32 two that cancel could both be infinite."""
+    return torch.where(valid, values, 0).double()
+
+
+def finite_exp(x: Tensor, source: Tensor) -> Tensor:
+    """e^x, but e^700 above: what multiplies it by 0, a derivative among them, gets 0 and not NaN.
+
+    `source` is what x has its gradient from, with a derivative of 1; so has the exponent above 700.
+    """
+    above = _LARGEST_EXPONENT + (source - source.detach())
+    return torch.where(x > _LARGEST_EXPONENT, above, x).exp()
 
 
 def ratio_tokens(
@@ -45,13 +53,13 @@ def ratio_tokens(
     """Checked inputs; masked tokens get neutral values before any exp, so that garbage cannot spread."""
     tensors = {"log_prob": log_prob, "old_log_prob": old, "advantages": advantages}
     valid = check_tokens(operator, mask, tensors)
-    log_ratio = torch.where(valid, log_prob, 0) - torch.where(valid, old.detach(), 0)
+    log_prob = wide(valid, log_prob)
+    log_ratio = log_prob - wide(valid, old.detach())
     extreme = log_ratio.abs() > LOG_RATIO_BOUND
     if clamped:
         log_ratio = log_ratio.clamp(-LOG_RATIO_BOUND, LOG_RATIO_BOUND)
-    return RatioTokens(
-        valid, log_ratio, saturated(log_ratio).exp(), torch.where(valid, advantages.detach(), 0), extreme
-    )
+    ratio = finite_exp(log_ratio, log_prob)
+    return RatioTokens(valid, log_ratio, ratio, wide(valid, advantages.detach()), extreme)
 
 
 def surrogates(tokens: RatioTokens, clip_low: float, clip_high: float) -> tuple[Tensor, Tensor]:
@@ -61,12 +69,11 @@ def surrogates(tokens: RatioTokens, clip_low: float, clip_high: float) -> tuple[
 
 def check_clip(operator: str, clip_low: float, clip_high: float) -> None:
     for name, bound in (("clip_low", clip_low), ("clip_high", clip_high)):
-        if not bound >= 0:
-            raise ValueError(f"{operator}: {name} must not be negative, got {bound}")
+        accept.bounded(operator, name, bound, 0.0, "not be negative")
 
 
 def check_selected(operator: str, selected: Tensor, tokens: RatioTokens) -> Tensor:
-    check_bool(operator, "selected", selected)
+    selected = accept.mask(operator, "selected", selected)
     if selected.shape != tokens.valid.shape:
         raise ValueError(
             f"{operator}: selected must have the shape of log_prob, {list(tokens.valid.shape)}, "
@@ -85,6 +92,11 @@ def clip_fractions(tokens: RatioTokens, plain: Tensor, clipped: Tensor) -> dict[
         "clip_fraction_low": fraction(decides & (tokens.ratio < 1), tokens),
         "clip_fraction_high": fraction(decides & (tokens.ratio > 1), tokens),
     }
+
+
+def rounded(like: Tensor, loss: Tensor, metrics: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+    """Loss and metrics in the dtype of `like`; counts stay."""
+    return loss.to(like.dtype), {k: v.to(like.dtype) if v.is_floating_point() else v for k, v in metrics.items()}
 
 
 def ratio_metrics(tokens: RatioTokens) -> dict[str, Tensor]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fastdiv import accept
 from fastdiv.objectives._registry import objective
 
 
@@ -32,7 +33,7 @@ def grpo(rewards: Tensor, group_ids: Tensor, *, eps: float = 1e-6) -> Tensor:
 
     Source: arXiv 2402.03300.
     """
-    if eps < 0:
+    if accept.number("grpo", "eps", eps) < 0:
         raise ValueError(f"grpo: eps must not be negative, got {eps}")
     centred, members, size = _centred("grpo", rewards, group_ids)
     squares = torch.zeros_like(size, dtype=torch.float64).index_add_(0, members, centred.square())

@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from fastdiv.ops.covariance import all_reduce_sum, check_bool, check_tokens
+from fastdiv import accept
+from fastdiv.ops.covariance import all_reduce_sum, check_tokens
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -89,7 +90,9 @@ def reduce(
             f"aggregate: length goes with seq_mean_token_sum_norm only, got mode={mode!r}, length={length}"
         )
     for name, number in (("normalizer", normalizer), ("length", length)):
-        if isinstance(number, (int, float)) and not number > 0:
+        if number is None or isinstance(number, Tensor):
+            continue
+        if not accept.number("aggregate", name, number) > 0:
             raise ValueError(f"aggregate: {name} must be positive, got {number}")
     if mode == "none":
         if normalizer is not None:
@@ -118,7 +121,7 @@ def normalizer(mask: Tensor, mode: str = "token_mean", *, process_group: Process
     Returns:
         int64 [].
     """
-    check_bool("normalizer", "mask", mask)
+    mask = accept.mask("normalizer", "mask", mask)
     _check_mode(mode, mask)
     return all_reduce_sum(_count(mask, mode), process_group)
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from fastdiv.objectives import aggregate
-from fastdiv.objectives._ratio import LOG_RATIO_BOUND, saturated
+from fastdiv.objectives._ratio import LOG_RATIO_BOUND, finite_exp, rounded, wide
 from fastdiv.objectives._registry import objective
 from fastdiv.ops.covariance import check_tokens
 
@@ -80,8 +80,9 @@ def sampled_kl(
     if clamp not in (None, "verl"):
         raise ValueError(f"sampled_kl: clamp must be 'verl' or None, got {clamp!r}")
 
-    log_prob = torch.where(valid, log_prob, 0)
-    d = log_prob - torch.where(valid, ref_log_prob.detach(), 0)
+    # float64: a slope or a ratio that float32 does not hold would turn what it multiplies into NaN
+    current = wide(valid, log_prob)
+    d = current - wide(valid, ref_log_prob.detach())
     if clamp == "verl":
         bounded = d.clamp(-LOG_RATIO_BOUND, LOG_RATIO_BOUND)
         raw_k3 = _exp_minus_tangent(-bounded)
@@ -91,10 +92,11 @@ def sampled_kl(
     value = {"k1": d, "k2": d.square() / 2, "k3": k3, "abs": d.abs()}[estimator]
 
     if gradient != "own":
-        slope = d if gradient == "reverse_kl" else -torch.expm1(saturated(-bounded))
-        value = value.detach() + slope.detach() * (d - d.detach())
+        slope = d if gradient == "reverse_kl" else -torch.expm1(-bounded)
+        limit = torch.finfo(slope.dtype).max
+        value = value.detach() + slope.detach().clamp(-limit, limit) * (current - current.detach())
     if old_log_prob is not None:
-        ratio = saturated(log_prob - torch.where(valid, old_log_prob.detach(), 0)).exp()
+        ratio = finite_exp(current - wide(valid, old_log_prob.detach()), current)
         value = value * (ratio if gradient == "own" else ratio.detach())
 
     loss = aggregate.reduce(value, valid, aggregation, normalizer=normalizer, length=length)
@@ -105,7 +107,7 @@ def sampled_kl(
         "clamped_fraction": aggregate.token_mean(clamped.to(value.dtype), valid),
         "tokens": valid.sum(),
     }
-    return loss, metrics
+    return rounded(log_prob, loss, metrics)
 
 
 def _exp_minus_tangent(x: Tensor) -> Tensor:
@@ -116,4 +118,4 @@ def _exp_minus_tangent(x: Tensor) -> Tensor:
     series = torch.zeros_like(x)
     for n in range(12, 1, -1):  # Horner: x^2/2 (1 + x/3 (1 + x/4 (...))); 11 terms reach float64 at 0.1
         series = (1 + series) * near / n if n > 2 else (1 + series) * near.square() / 2
-    return torch.where(small, series, torch.expm1(saturated(x)) - x)
+    return torch.where(small, series, torch.expm1(x) - x)

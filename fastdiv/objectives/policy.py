@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from fastdiv import select
+from fastdiv import accept, select
 from fastdiv.objectives import aggregate
 from fastdiv.objectives._ratio import (
     check_clip,
@@ -36,6 +36,7 @@ from fastdiv.objectives._ratio import (
     fraction,
     ratio_metrics,
     ratio_tokens,
+    rounded,
     surrogates,
 )
 from fastdiv.objectives._registry import objective
@@ -79,7 +80,7 @@ def ppo_clip(
     *,
     clip_low: float = 0.2,
     clip_high: float = 0.2,
-    dual_clip: float | None = None,
+    dual_clip: float | Tensor | None = None,
     clamp: str | None = None,
     aggregation: str = "token_mean",
     normalizer: float | Tensor | None = None,
@@ -96,8 +97,9 @@ def ppo_clip(
         mask: [*], bool; None: all valid. What stands at masked tokens changes neither loss nor gradient.
         clip_low, clip_high: >= 0; 0.2 and 0.2 in PPO, 0.2 and 0.28 in DAPO (presets PPO, DAPO).
         dual_clip: > 1, or None.
-        clamp: None, or "verl": log r is clamped to [-20, 20]; beyond, the gradient is 0. Without it a log r
-            above 88 overflows float32, and the loss or its gradient is no longer finite.
+        clamp: None, or "verl": log r is clamped to [-20, 20]; beyond, the gradient is 0. Without it the loss of
+            a token whose log r is above 88 is infinite in float32 where no clip bounds it; where one does, or
+            where A is 0, loss and gradient are what they should be.
         aggregation, normalizer, length: see `aggregate.reduce`; "none" returns token losses [*].
 
     Returns:
@@ -111,8 +113,8 @@ def ppo_clip(
     Source: arXiv 1707.06347, Eq. 7; arXiv 2503.14476 (two bounds); arXiv 1912.09729 (dual clip).
     """
     check_clip("ppo_clip", clip_low, clip_high)
-    if dual_clip is not None and not dual_clip > 1:
-        raise ValueError(f"ppo_clip: dual_clip must be greater than 1, got {dual_clip}")
+    if dual_clip is not None:
+        dual_clip = accept.bounded("ppo_clip", "dual_clip", dual_clip, 1.0, "be greater than 1", strictly=True)
     if clamp not in (None, "verl"):
         raise ValueError(f"ppo_clip: clamp must be 'verl' or None, got {clamp!r}")
     tokens = ratio_tokens("ppo_clip", log_prob, old_log_prob, advantages, mask, clamped=clamp == "verl")
@@ -126,7 +128,8 @@ def ppo_clip(
     metrics = ratio_metrics(tokens) | clip_fractions(tokens, plain, clipped)
     metrics["dual_clip_fraction"] = fraction(bounded, tokens)
     metrics["clamped_fraction"] = fraction(tokens.extreme, tokens)
-    return aggregate.reduce(losses, tokens.valid, aggregation, normalizer=normalizer, length=length), metrics
+    loss = aggregate.reduce(losses, tokens.valid, aggregation, normalizer=normalizer, length=length)
+    return rounded(log_prob, loss, metrics)
 
 
 def clip_cov_select(
@@ -243,7 +246,8 @@ def clip_cov(
     plain, clipped = surrogates(tokens, clip_low, clip_high)
     losses = torch.where(selected, 0, torch.maximum(plain, clipped))
     metrics = ratio_metrics(tokens) | clip_fractions(tokens, plain, clipped) | {"selected": selected.sum()}
-    return aggregate.reduce(losses, tokens.valid, aggregation, normalizer=normalizer, length=length), metrics
+    loss = aggregate.reduce(losses, tokens.valid, aggregation, normalizer=normalizer, length=length)
+    return rounded(log_prob, loss, metrics)
 
 
 def kl_cov_select(
@@ -281,7 +285,7 @@ def kl_cov(
     advantages: Tensor,
     mask: Tensor | None = None,
     *,
-    beta: float = 1.0,
+    beta: float | Tensor = 1.0,
     selected: Tensor | None = None,
     ratio: float | None = None,
     index: Tensor | None = None,
@@ -311,8 +315,7 @@ def kl_cov(
     Source: arXiv 2505.22617, Eqs. 10, 13, 14, with the penalty of its Listing 1; presets KL_COV_7B,
     KL_COV_32B.
     """
-    if not beta >= 0:
-        raise ValueError(f"kl_cov: beta must not be negative, got {beta}")
+    beta = accept.bounded("kl_cov", "beta", beta, 0.0, "not be negative")
     tokens = ratio_tokens("kl_cov", log_prob, old_log_prob, advantages, mask)
     if selected is None:
         if ratio is None:
@@ -327,4 +330,5 @@ def kl_cov(
         "penalty": aggregate.token_mean(penalty.detach(), tokens.valid),
         "selected": selected.sum(),
     }
-    return aggregate.reduce(losses, tokens.valid, aggregation, normalizer=normalizer, length=length), metrics
+    loss = aggregate.reduce(losses, tokens.valid, aggregation, normalizer=normalizer, length=length)
+    return rounded(log_prob, loss, metrics)

@@ -23,10 +23,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from fastdiv import accept
 from fastdiv.objectives import aggregate
 from fastdiv.objectives._registry import objective
 from fastdiv.objectives.token_weights import TokenWeights
-from fastdiv.ops.covariance import check_bool, check_tokens
+from fastdiv.ops.covariance import check_tokens
 
 
 class Responses(NamedTuple):
@@ -49,7 +50,7 @@ _SPARSE_PO = "SparsePO: Controlling Preference Alignment of LLMs via Sparse Toke
 
 @objective("preference", paper="Direct Preference Optimization", arxiv="2305.18290", inputs=_WITHOUT_KL)
 def dpo(
-    chosen: Responses, rejected: Responses, *, beta: float = 0.1, normalizer: float | Tensor | None = None
+    chosen: Responses, rejected: Responses, *, beta: float | Tensor = 0.1, normalizer: float | Tensor | None = None
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """DPO: -log sigmoid(beta (sum Delta_w - sum Delta_l)).
 
@@ -79,7 +80,7 @@ def dpo(
     full_vocabulary=True,
 )
 def tdpo1(
-    chosen: Responses, rejected: Responses, *, beta: float = 0.1, normalizer: float | Tensor | None = None
+    chosen: Responses, rejected: Responses, *, beta: float | Tensor = 0.1, normalizer: float | Tensor | None = None
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """TDPO1: DPO with the difference of the responses' divergences in the margin.
 
@@ -104,8 +105,8 @@ def tdpo2(
     chosen: Responses,
     rejected: Responses,
     *,
-    beta: float = 0.1,
-    alpha: float = 0.5,
+    beta: float | Tensor = 0.1,
+    alpha: float | Tensor = 0.5,
     normalizer: float | Tensor | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """TDPO2: the divergence term scaled by alpha, without gradient on the chosen side.
@@ -114,8 +115,7 @@ def tdpo2(
 
     Source: arXiv 2404.11999.
     """
-    if not alpha >= 0:
-        raise ValueError(f"tdpo2: alpha must not be negative, got {alpha}")
+    alpha = accept.bounded("tdpo2", "alpha", alpha, 0.0, "not be negative")
     c, r = _sides("tdpo2", beta, chosen, rejected)
     return _logistic(c, r, (c.reward - r.reward) - alpha * (r.kl - c.kl.detach()), beta, normalizer)
 
@@ -127,9 +127,9 @@ def sparse_po(
     chosen_weights: TokenWeights,
     rejected_weights: TokenWeights,
     *,
-    beta: float = 0.1,
-    l1_reward: float = 0.0,
-    l1_kl: float = 0.0,
+    beta: float | Tensor = 0.1,
+    l1_reward: float | Tensor = 0.0,
+    l1_kl: float | Tensor = 0.0,
     normalizer: float | Tensor | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """SparsePO: TDPO1 with a weight on every token's Delta and K, plus an L1 price on the weights.
@@ -149,9 +149,8 @@ def sparse_po(
 
     Source: arXiv 2410.05102.
     """
-    for name, weight in (("l1_reward", l1_reward), ("l1_kl", l1_kl)):
-        if not weight >= 0:
-            raise ValueError(f"sparse_po: {name} must not be negative, got {weight}")
+    l1_reward = accept.bounded("sparse_po", "l1_reward", l1_reward, 0.0, "not be negative")
+    l1_kl = accept.bounded("sparse_po", "l1_kl", l1_kl, 0.0, "not be negative")
     c, r = _sides("sparse_po", beta, chosen, rejected, chosen_weights, rejected_weights)
     price = l1_reward * (c.reward_l1 + r.reward_l1) + l1_kl * (c.kl_l1 + r.kl_l1)
     loss, metrics = _logistic(c, r, (c.reward - r.reward) - (r.kl - c.kl), beta, normalizer, price)
@@ -168,7 +167,7 @@ def mapo(
     chosen_weights: Tensor,
     rejected_weights: Tensor,
     *,
-    beta: float = 0.1,
+    beta: float | Tensor = 0.1,
     normalizer: float | Tensor | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """MaPO: SparsePO with one constant weight per token, read off the reference by `mapo_masks`.
@@ -200,7 +199,7 @@ class _Side(NamedTuple):
 
 def _sides(
     operator: str,
-    beta: float,
+    beta: float | Tensor,
     chosen: Responses,
     rejected: Responses,
     chosen_weights: TokenWeights | None = None,
@@ -208,8 +207,7 @@ def _sides(
     *,
     with_kl: bool = True,
 ) -> tuple[_Side, _Side]:
-    if not beta > 0:
-        raise ValueError(f"{operator}: beta must be positive, got {beta}")
+    accept.bounded(operator, "beta", beta, 0.0, "be positive", strictly=True)
     c = _side(operator, "chosen", Responses(*chosen), chosen_weights, with_kl)
     r = _side(operator, "rejected", Responses(*rejected), rejected_weights, with_kl)
     if c.reward.shape != r.reward.shape:
@@ -228,8 +226,7 @@ def _side(operator: str, name: str, side: Responses, weights: TokenWeights | Non
         tensors[f"{name}.forward_kl"] = side.forward_kl
     if weights is not None:
         tensors |= {f"{name}_weights.reward": weights[0], f"{name}_weights.kl": weights[1]}
-    check_bool(operator, f"{name}.mask", side.mask)
-    valid = check_tokens(operator, side.mask, tensors)
+    valid = check_tokens(operator, accept.mask(operator, f"{name}.mask", side.mask), tensors)
     if valid.dim() != 2:
         raise ValueError(f"{operator}: {name}.log_prob must be [pairs, T], got {list(valid.shape)}")
 
@@ -248,11 +245,12 @@ def _logistic(
     c: _Side,
     r: _Side,
     margin: Tensor,
-    beta: float,
+    beta: float | Tensor,
     normalizer: float | Tensor | None,
     price: Tensor | float = 0.0,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     counted = (c.tokens + r.tokens) > 0
+    beta = beta if isinstance(beta, Tensor) else float(beta)
     z = beta * margin
     loss = aggregate.token_mean(price - functional.logsigmoid(z), counted, normalizer=normalizer)
     means = {

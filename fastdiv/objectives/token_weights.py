@@ -8,7 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastdiv.ops.covariance import check_bool, check_tokens
+from fastdiv import accept
+from fastdiv.ops.covariance import check_tokens
 
 
 class TokenWeights(NamedTuple):
@@ -43,7 +44,7 @@ def mapo_masks(activations: Mapping[str, Sequence[Tensor]], mask: Tensor) -> Ten
     """
     if not activations or not all(len(tensors) > 0 for tensors in activations.values()):
         raise ValueError("mapo_masks: activations must hold at least one group, and each group at least one tensor")
-    check_bool("mapo_masks", "mask", mask)
+    mask = accept.mask("mapo_masks", "mask", mask)
     groups = []
     for name, tensors in activations.items():
         scaled = []
@@ -106,7 +107,7 @@ class SparseMask(torch.nn.Module):
         Returns:
             TokenWeights in the dtype of the parameters, >= 0, 0 where the mask is False.
         """
-        check_bool("SparseMask", "mask", mask)
+        mask = accept.mask("SparseMask", "mask", mask)
         weights = [head(hidden_states, mask) for head in self.masks]
         return TokenWeights(weights[0], weights[-1])
 

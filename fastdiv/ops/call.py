@@ -9,7 +9,10 @@ from torch import Tensor
 
 from fastdiv import backends, checks, plain
 from fastdiv.request import Request, Transform
-from fastdiv.sources import LinearLogits, Logits, Source
+from fastdiv.sources import LinearLogits, Logits, LogProbabilities, Source
+
+_STUDENT = {"token_stats": "source", "divergence": "student", "linear_loss": "head"}
+"""What operators call their first argument."""
 
 
 class Call(NamedTuple):
@@ -27,7 +30,7 @@ def prepare(
     operator: str,
     student: Tensor | Source,
     labels: Tensor | None,
-    teacher: Tensor | Source | None,
+    teacher: Tensor | Source | LogProbabilities | None,
     outputs: tuple[str, ...],
     *,
     parameters: dict[str, float | None],
@@ -38,14 +41,16 @@ def prepare(
     workspace: int | None,
 ) -> Call:
     """Checks everything once; the result is passed down unchanged."""
+    name = _STUDENT.get(operator, "logits")
     given: dict[str, object] = {"labels": labels, "mask": mask, "temperature": temperature}
-    _parts(given, "student" if teacher is not None else "logits", student)
+    _parts(given, name, student)
     _parts(given, "teacher", teacher)
     plain.check(operator, given)
-    own = checks.source(operator, "student" if teacher is not None else "logits", student)
-    other = None if teacher is None else checks.teacher(operator, own, teacher)
-    names = checks.outputs(operator, outputs, labels is not None, other is not None)
+    own = checks.source(operator, name, student)
     number, per_token = checks.temperature(operator, own, temperature)
+    one = number if per_token is None else None
+    other = None if teacher is None else checks.teacher(operator, own, teacher, one)
+    names = checks.outputs(operator, outputs, labels is not None, other is not None)
     sides = [own] if other is None else [own, other]
     request = Request.of(
         names,
@@ -73,7 +78,7 @@ def _parts(given: dict[str, object], name: str, source: object) -> None:
     if isinstance(source, LinearLogits):
         given |= {f"{name}.hidden": source.hidden, f"{name}.weight": source.weight, f"{name}.bias": source.bias}
     else:
-        given[name] = source.tensor if isinstance(source, Logits) else source
+        given[name] = source.tensor if isinstance(source, (Logits, LogProbabilities)) else source
 
 
 def _products(sides: list[Source]) -> str:

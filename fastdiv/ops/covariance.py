@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
-from fastdiv import backends, plain
+from fastdiv import accept, backends, plain
+from fastdiv.accept import describe
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -51,7 +52,7 @@ def masked_covariance(
     Arguments:
         x, y: [*], any floating dtype, equal shapes; for Clip-Cov and KL-Cov: advantages and
             log-probabilities.
-        mask: [*], bool, True where a token counts; None: all count.
+        mask: [*], bool, True where a token counts, or 1 and 0; None: all count.
         process_group: the scope is the union of the tokens of all its ranks (two all-reduces of at most 3
             numbers); None: the tokens of this call.
         backend: "cuda" and "triton" have kernels of their own (two launches); the others are the same plain torch.
@@ -69,7 +70,7 @@ def masked_covariance(
     Source: the per-token summand is Eq. 10 of Cui et al., "The Entropy Mechanism of Reinforcement Learning
     for Reasoning Language Models", arXiv 2505.22617.
     """
-    check_alike("masked_covariance", mask, {"x": x, "y": y}, precise=False)
+    mask = check_alike("masked_covariance", mask, {"x": x, "y": y}, precise=False)
     dtype = torch.float64 if torch.float64 in (x.dtype, y.dtype) else torch.float32
     if kernels := token_kernels(x.device, backend):
         plain.check("masked_covariance", {"x": x, "y": y, "mask": mask})
@@ -113,40 +114,37 @@ def all_reduce_sum(value: Tensor, process_group: ProcessGroup | None) -> Tensor:
 
 
 def check_tokens(operator: str, mask: Tensor | None, tensors: Mapping[str, Tensor], *, precise: bool = True) -> Tensor:
-    """The mask (all True for None) after `check_alike`."""
-    check_alike(operator, mask, tensors, precise=precise)
-    return everyone(next(iter(tensors.values()))) if mask is None else mask
+    """The mask as bool (all True for None) after `check_alike`."""
+    valid = check_alike(operator, mask, tensors, precise=precise)
+    return everyone(next(iter(tensors.values()))) if valid is None else valid
 
 
-def check_alike(operator: str, mask: Tensor | None, tensors: Mapping[str, Tensor], *, precise: bool = True) -> None:
-    """Raise unless every tensor, and a mask, matches the first in shape and device.
+def check_alike(
+    operator: str, mask: Tensor | None, tensors: Mapping[str, Tensor], *, precise: bool = True
+) -> Tensor | None:
+    """The mask as bool; raise unless every tensor, and a mask, matches the first in shape and device.
 
     `precise` asks for float32 or float64, the same for all tensors; otherwise any floating dtype will do.
     """
     first, anchor = next(iter(tensors.items()))
     for name, tensor in tensors.items():
         if not isinstance(tensor, Tensor):
-            raise TypeError(f"{operator}: {name} must be a Tensor, got {type(tensor).__name__}")
+            raise TypeError(f"{operator}: {name} must be a tensor, got {describe(tensor)}")
         if not tensor.is_floating_point():
-            raise TypeError(f"{operator}: {name} must have a floating dtype, got {tensor.dtype}")
+            raise TypeError(f"{operator}: {name} must have a floating dtype, got {describe(tensor)}")
         if precise and tensor.dtype not in (torch.float32, torch.float64):
             raise TypeError(
-                f"{operator}: {name} must be float32 or float64, got {tensor.dtype}; "
+                f"{operator}: {name} must be float32 or float64, got {describe(tensor)}; "
                 "16-bit log-probabilities are too coarse for ratios and rankings"
             )
         if precise and tensor.dtype != anchor.dtype:
             raise TypeError(f"{operator}: {name} must have the dtype of {first}, {anchor.dtype}, got {tensor.dtype}")
         _check_like(operator, name, tensor, first, anchor)
-    if mask is not None:
-        check_bool(operator, "mask", mask)
-        _check_like(operator, "mask", mask, first, anchor)
-
-
-def check_bool(operator: str, name: str, tensor: object) -> None:
-    """Raise unless `tensor` is a Tensor of bool."""
-    if not isinstance(tensor, Tensor) or tensor.dtype != torch.bool:
-        got = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
-        raise TypeError(f"{operator}: {name} must be a bool Tensor, got {got}")
+    if mask is None:
+        return None
+    mask = accept.mask(operator, "mask", mask)
+    _check_like(operator, "mask", mask, first, anchor)
+    return mask
 
 
 def _check_like(operator: str, name: str, tensor: Tensor, first: str, anchor: Tensor) -> None:

@@ -6,12 +6,12 @@ from torch import Tensor
 
 from fastdiv import checks
 from fastdiv.ops.stats import run
-from fastdiv.sources import Source
+from fastdiv.sources import LogProbabilities, Source
 
 
 def divergence(
     student: Tensor | Source,
-    teacher: Tensor | Source,
+    teacher: Tensor | Source | LogProbabilities,
     kind: str = "reverse_kl",
     *,
     beta: float | None = None,

@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastdiv import plain
+from fastdiv import checks, plain
 from fastdiv.autograd import TokenStatistics
 from fastdiv.ops.call import Call, prepare
-from fastdiv.sources import Source
+from fastdiv.sources import LogProbabilities, Source
 
 
 class TokenStats(dict[str, Tensor]):
@@ -33,7 +33,11 @@ torch.serialization.add_safe_globals([TokenStats])
 def run(operator: str, student: Tensor | Source, labels: Tensor | None, **options: object) -> TokenStats:
     """The one way from a public operator to the kernels."""
     call = prepare(operator, student, labels, **options)  # type: ignore[arg-type]
-    return TokenStats(zip(call.request.outputs, outputs_of(call), strict=True))
+    try:
+        outputs = outputs_of(call)
+    except (IndexError, ValueError) as error:
+        raise checks.named(operator, error) from None
+    return TokenStats(zip(call.request.outputs, outputs, strict=True))
 
 
 def outputs_of(call: Call) -> tuple[Tensor, ...]:
@@ -54,7 +58,7 @@ def token_stats(
     source: Tensor | Source,
     labels: Tensor | None = None,
     *,
-    teacher: Tensor | Source | None = None,
+    teacher: Tensor | Source | LogProbabilities | None = None,
     outputs: tuple[str, ...] = ("log_prob", "entropy"),
     beta: float | None = None,
     temperature: float | Tensor = 1.0,
@@ -83,15 +87,19 @@ def token_stats(
 
     Arguments:
         source: logits [*, V], or a source: `Logits`, `LinearLogits`.  float64, float32, float16 or bfloat16.
-        labels: token ids [*] or [*, K], any integer dtype; needed by log_prob, is_top1 and rank.
+        labels: token ids [*] or [*, K], any integer dtype; needed by log_prob, is_top1 and rank.  Flat ones are taken
+            for [B, T, V] too; [1, 1, K] are K ids that all tokens share.
         teacher: the second model's logits, same shape; needed by divergences.  Gets a gradient if it asks for one.
+            `LogProbabilities` are not divided by the temperature.
         outputs: names from the table.
         beta: mixture weight of `js`, in (0, 1); default 0.5.
-        temperature: a number, or one per token [*]; above 0.  Divides both models' logits, after scale and softcap.
-        mask: bool [*].  Tokens where it is False cost nothing, give 0, and receive exactly zero gradient.
+        temperature: above 0; a number, or a tensor: one per token [*], one per sequence [B] (last sizes may be left
+            out), or 0-dim.  Divides both models' logits, after scale and softcap.
+        mask: bool [*], or 0 and 1 in any dtype.  Tokens where it is False cost nothing, give 0, and receive exactly
+            zero gradient.
         ignore_index: a label that is not one: its per-label outputs are 0 and have no gradient; a token all of whose
             labels are ignored counts as masked.
-        backend: "native" or "reference"; None chooses (`fastdiv.info()` and FASTDIV_LOG=1 tell).
+        backend: "native", "cuda", "triton" or "reference"; None chooses (`fastdiv.info()` and FASTDIV_LOG=1 tell).
         workspace: bytes for tiles of projected logits; default 128 MiB on a CPU, 256 MiB elsewhere.  0 asks for the
             least: sums of one model that merge are taken on the chip by `triton` (no tile at all; slower), and all
             else in tiles of about 1 MiB.
@@ -104,6 +112,8 @@ def token_stats(
         TypeError, ValueError: an argument is not as described; the message names it and what came.
         IndexError: a label outside [0, V) that is not `ignore_index` (on a CPU; elsewhere that row becomes NaN).
         RuntimeError: second derivatives are asked for.
+
+    A size of 1 in labels, mask, temperature or teacher stands for any: what is shared is not copied.
 
     A -inf logit has probability 0, contributes 0 and receives gradient 0.  A row of -inf, or one with NaN or +inf,
     gives NaN (logsumexp of all -inf: -inf) in that row alone.  A probability below the smallest normal float32 counts

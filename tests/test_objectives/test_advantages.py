@@ -42,10 +42,11 @@ def test_rloo_is_the_mean_of_the_others() -> None:
 
 
 def test_a_group_of_one_keeps_its_reward() -> None:
-    rewards, names = torch.tensor([3.0, 1.0, 5.0]), torch.tensor([0, 1, 0])
-    assert advantages.grpo(rewards, names, eps=0.5)[1].item() == pytest.approx(1 / 1.5)
-    assert advantages.dr_grpo(rewards, names).tolist() == [-1, 1, 1]
-    assert advantages.rloo(rewards, names).tolist() == [-2, 1, 2]
+    for reward in (1.0, 4.0, -3.0):
+        rewards, names = torch.tensor([3.0, reward, 5.0]), torch.tensor([0, 1, 0])
+        assert advantages.grpo(rewards, names, eps=0.5)[1].item() == pytest.approx(reward / 1.5)
+        assert advantages.dr_grpo(rewards, names).tolist() == [-1, reward, 1]
+        assert advantages.rloo(rewards, names).tolist() == [-2, reward, 2]
 
 
 def test_equal_rewards_give_exactly_zero() -> None:

@@ -295,16 +295,16 @@ def test_presets_are_the_papers_numbers() -> None:
         ),
         (lambda b: ppo_clip(b[0], b[1], b[2][:, :1], b[3]), ValueError, "advantages must have the shape"),
         (
-            lambda b: ppo_clip(*b[:3], b[3].float()),
-            TypeError,
-            "mask must be a bool Tensor, got torch.float32",
+            lambda b: ppo_clip(*b[:3], b[3].float() * 2.0),
+            ValueError,
+            "ppo_clip: mask must hold nothing but 0 and 1, got 2",
         ),
         (lambda b: kl_cov(*b), ValueError, "kl_cov: give selected, or ratio"),
         (lambda b: kl_cov(*b, selected=b[3], ratio=0.1), ValueError, "kl_cov: selected excludes ratio"),
         (lambda b: kl_cov(*b, ratio=0.1, beta=-1), ValueError, "kl_cov: beta must not be negative"),
         (lambda b: kl_cov(*b, ratio=2), ValueError, r"ratio must be in \(0, 1\]"),
         (lambda b: kl_cov(*b, selected=b[3][:1]), ValueError, "kl_cov: selected must have the shape"),
-        (lambda b: kl_cov(*b, selected=b[0]), TypeError, "kl_cov: selected must be a bool Tensor"),
+        (lambda b: kl_cov(*b, selected=b[0]), ValueError, "kl_cov: selected must hold nothing but 0 and 1"),
         (lambda b: clip_cov(*b, ratio=0.1), ValueError, "clip_cov: give selected, or ratio, seed and step"),
         (lambda b: clip_cov(*b, selected=b[3], seed=1), ValueError, "clip_cov: selected excludes ratio"),
         (
@@ -317,3 +317,16 @@ def test_presets_are_the_papers_numbers() -> None:
 def test_errors(call: Callable[..., Any], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         call(arguments(random_batch()))
+
+
+def test_clip_bounds_of_zero() -> None:
+    """Nothing is gained by a move: the loss is at least -A, and only moves that lose have a gradient."""
+    x = torch.tensor([0.5, -0.5, 0.5, -0.5], dtype=torch.float64, requires_grad=True)
+    old, advantages = torch.zeros(4, dtype=torch.float64), torch.tensor([1.0, 1.0, -1.0, -1.0], dtype=torch.float64)
+    for options in ({"clip_low": 0.0, "clip_high": 0.0}, {"clip_low": 0.0}, {"clip_high": 0.0}):
+        ppo_clip(x, old, advantages, **options)
+    losses, _ = ppo_clip(x, old, advantages, clip_low=0.0, clip_high=0.0, aggregation="none")
+    ratio = x.detach().exp()
+    assert torch.equal(losses.detach(), torch.stack([-ratio[0] * 0 - 1, -ratio[1], ratio[2], ratio[3] * 0 + 1]))
+    (gradient,) = torch.autograd.grad(losses.sum(), x)
+    torch.testing.assert_close(gradient, torch.stack([ratio[0] * 0, -ratio[1], ratio[2], ratio[3] * 0]))

@@ -342,7 +342,7 @@ def test_float32_stays_float32_and_metrics_are_constants() -> None:
         (
             lambda c, r: dpo(c, r._replace(mask=None)),
             TypeError,
-            "rejected.mask must be a bool Tensor, got NoneType",
+            "dpo: rejected.mask must be a bool tensor, or one of 0 and 1, got NoneType",
         ),
         (
             lambda c, r: dpo(c, Responses(*(t[:1] for t in r))),
@@ -374,7 +374,7 @@ def test_float32_stays_float32_and_metrics_are_constants() -> None:
         (lambda c, r: SparseMask(4, 2, dropout=1.0), ValueError, r"dropout must be in \[0, 1\), got 1.0"),
         (lambda c, r: SparseMask(4, 2)([c[0]], c.mask), ValueError, "hidden_states must be 2 layers, got 1"),
         (lambda c, r: SparseMask(4, 1)([c[0]], c.mask), ValueError, r"must be \[8, 6, 4\], got \[8, 6\]"),
-        (lambda c, r: SparseMask(4, 1)([c[0]], c[0]), TypeError, "SparseMask: mask must be a bool Tensor"),
+        (lambda c, r: SparseMask(4, 1)([c[0]], c[0]), ValueError, "SparseMask: mask must hold nothing but 0 and 1"),
         (lambda c, r: mapo_masks({}, c.mask), ValueError, "at least one group"),
         (
             lambda c, r: mapo_masks({"mlp": [r[0]]}, c.mask),
@@ -386,3 +386,16 @@ def test_float32_stays_float32_and_metrics_are_constants() -> None:
 def test_errors(call: Callable[..., Any], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         call(*random_sides())
+
+
+def test_a_policy_that_is_its_reference_prefers_nothing(pair: tuple[Responses, Responses]) -> None:
+    """z = 0 is not above 0."""
+    c, r = (side._replace(log_prob=side.ref_log_prob, forward_kl=torch.zeros_like(side.mask.double())) for side in pair)
+    for loss_of in (dpo, tdpo1, tdpo2):
+        loss, metrics = loss_of(c, r)
+        assert metrics["accuracy"] == 0 and metrics["margin"] == 0
+        assert loss.item() == pytest.approx(0.6931471805599453)
+
+
+def test_tdpo2_without_its_divergence_is_dpo(pair: tuple[Responses, Responses]) -> None:
+    assert torch.equal(tdpo2(*pair, alpha=0.0)[0], dpo(*pair)[0])

@@ -160,6 +160,27 @@ def test_neighbours_in_memory_are_apart(backend: str) -> None:
     assert torch.equal(memory[4:], teacher)
 
 
+def test_overwriting_masked_logits_of_sequences(backend: str) -> None:
+    x, _, labels = inputs(33, torch.float32, rows=6)
+    mask = torch.tensor([[True, False, True], [False, False, True]])
+    options = {"labels": labels.view(2, 3), "weights": {"log_prob": -1.0}, "mask": mask, "backend": backend}
+    _, want = fastdiv.value_and_gradient(x.view(2, 3, 33), **options)
+    _, got = fastdiv.value_and_gradient(x.clone().view(2, 3, 33), overwrite=True, **options)
+    assert_bitwise_equal(got, want)
+    assert (got[~mask] == 0).all() and (got[mask] != 0).all()
+
+
+def test_only_the_logits_that_are_overwritten_must_be_contiguous(backend: str) -> None:
+    x, y, _ = inputs(33, torch.float32)
+    aside = y.T.contiguous().T
+    options = {"labels": None, "weights": {"reverse_kl": 1.0}, "backend": backend}
+    with pytest.raises(ValueError, match="overwrite needs contiguous logits"):
+        fastdiv.value_and_gradient(aside.clone(), teacher=x, overwrite=True, **options)
+    _, want = fastdiv.value_and_gradient(x, teacher=y, **options)
+    _, got = fastdiv.value_and_gradient(x.clone(), teacher=aside, overwrite=True, **options)
+    assert_bitwise_equal(got, want)
+
+
 def test_softcap_scale_and_leading_dimensions(backend: str) -> None:
     x, _, labels = inputs(700, torch.float32, rows=6)
     source = fastdiv.Logits(x.view(2, 3, 700), softcap=5.0, scale=0.5)
