@@ -84,7 +84,7 @@ def _on(device: torch.device) -> Iterator[None]:
         yield
 
 
-STAGES = 3
+STAGES = 1
 """Of `accumulate`'s loop: the steps whose logits are on their way to shared memory as one is summed; 1 for none."""
 
 
