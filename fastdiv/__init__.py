@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib as _contextlib
+
 from fastdiv import backends as _backends
 from fastdiv import objectives, select, testing
 from fastdiv.log import configure as _configure
@@ -64,4 +66,7 @@ def info() -> dict[str, object]:
 
 
 _configure()
-_backends._load("native")  # 3 ms; were torch.compile to trace it at the first call, the second would be traced again
+# 3 ms; were torch.compile to trace it at the first call, the second would be traced again.  A wrong FASTDIV_ISA is told by the
+# first call, or by `fastdiv info`, where it can be one line.
+with _contextlib.suppress(ValueError):
+    _backends._load("native")
