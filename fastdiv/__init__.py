@@ -66,7 +66,7 @@ def info() -> dict[str, object]:
 
 
 _configure()
-# 3 ms; were torch.compile to trace it at the first call, the second would be traced again.  A wrong FASTDIV_ISA is told by the
-# first call, or by `fastdiv info`, where it can be one line.
+# 3 ms; were torch.compile to trace it at the first call, the second would be traced again.  The first call tells of a
+# wrong FASTDIV_ISA, or `fastdiv info` in one line.
 with _contextlib.suppress(ValueError):
     _backends._load("native")
