@@ -186,7 +186,7 @@ class Problem:
         if "rank" in self.request.outputs:
             rank = state.new_zeros(shape, dtype=torch.int64)
         else:
-            rank = self.every_token.labels  # nobody looks
+            rank = self.every_token.labels  # not read
         return Sums(state, label_logits, compared, rank)
 
 

@@ -5,7 +5,7 @@
     fastdiv::value_and_gradient  logits and weights of the outputs -> the outputs, then the gradient of the logits
 
 A side's tensors are [logits], [hidden, weight] or [hidden, weight, bias]; an empty teacher list means there is none.
-The functions below call an operator's work directly where nobody watches: the dispatcher takes longer than a small
+The functions below call an operator's work directly where nothing watches: the dispatcher takes longer than a small
 batch.
 """
 

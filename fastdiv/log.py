@@ -22,6 +22,6 @@ def configure() -> None:
 
 
 def log(message: str, outputs: tuple[str, ...], *rest: object) -> None:
-    """A line about a call; its text is made only where somebody reads it."""
+    """A line about a call; its text is made only if FASTDIV_LOG asks for it."""
     if _LOG.isEnabledFor(logging.INFO):
         _LOG.info(message, "+".join(outputs), *rest)

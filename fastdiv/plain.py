@@ -65,7 +65,7 @@ def transformed() -> bool:
 
 
 def watched(*tensors: Tensor | None) -> bool:
-    """Whether somebody must see the custom operator: a compiler, a transform, a dispatch mode, tensors without
+    """Whether the custom operator must be seen: a compiler, a transform, a dispatch mode, tensors without
     memory, or with memory that does not hold their values."""
     if torch.compiler.is_compiling():
         return True

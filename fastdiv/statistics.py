@@ -98,7 +98,7 @@ class Sums:
     state: Tensor  # [n, len(STATE)] float64
     label_logits: Tensor  # [n, K], NaN at labels outside the vocabulary
     compared: Tensor  # [n, C, 3] float64: value, dlp, dlq of each divergence that needs a second look
-    rank: Tensor  # [n, K] int64; anything where nobody wants it
+    rank: Tensor  # [n, K] int64; meaningless unless rank is an output
 
     def part(self, rows: slice) -> Sums:
         """Those of some rows."""
