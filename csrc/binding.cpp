@@ -7,6 +7,7 @@
 #include <string>
 #include <vector>
 
+#include "finish.h"
 #include "isa.h"
 #include "pointwise.h"
 #include "rows.h"
@@ -111,6 +112,35 @@ PYBIND11_MODULE(FD_MODULE, m) {
       },
       Release());
 
+  py::class_<fd::Output>(m, "Output", py::module_local())
+      .def(py::init([](int32_t number, int64_t compared, double forward, double reverse) {
+        return fd::Output{number, compared, forward, reverse};
+      }));
+
+  py::class_<fd::FinishedRows>(m, "FinishedRows", py::module_local())
+      .def(py::init([](int64_t rows, int64_t labels_per_row, int64_t compared_per_row, int64_t ignore_index,
+                       int64_t vocabulary, Address inverse_temperature, Address labels, Address state,
+                       Address label_logits, Address compared, Address rank) {
+        return fd::FinishedRows{rows,
+                                labels_per_row,
+                                compared_per_row,
+                                ignore_index,
+                                static_cast<double>(vocabulary),
+                                at<const float>(inverse_temperature),
+                                at<const int64_t>(labels),
+                                at<const fd::RowState>(state),
+                                at<const float>(label_logits),
+                                at<const double>(compared),
+                                at<const int64_t>(rank)};
+      }));
+
+  m.def(
+      "finish",
+      [](const fd::FinishedRows& rows, const fd::Output& output, Address to, int threads) {
+        fd::finish(rows, output, at<void>(to), threads);
+      },
+      Release());
+
 #if defined(FD_CUDA)
   auto cuda = m.def_submodule("cuda");
   fd::bind_rows(cuda);
@@ -127,5 +157,6 @@ PYBIND11_MODULE(FD_MODULE, m) {
   m.attr("state_fields") = sizeof(fd::RowState) / sizeof(double);
 #define FD_NAME(name) #name,
   m.attr("divergences") = std::vector<std::string>{FD_DIVERGENCES(FD_NAME)};
+  m.attr("outputs") = std::vector<std::string>{FD_OUTPUTS(FD_NAME)};
 #undef FD_NAME
 }

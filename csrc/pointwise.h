@@ -1,4 +1,4 @@
-// Generated from fastdiv/pointwise.py by `python -m fastdiv.translate`; a test keeps the two equal.
+// Generated from fastdiv/pointwise.py by `python -m fastdiv.translate csrc`; a test keeps the two equal.
 // clang-format off
 #pragma once
 #include "language.h"

@@ -1,4 +1,5 @@
 divergences: list[str]
+outputs: list[str]
 state_fields: int
 
 class Logits:
@@ -20,6 +21,25 @@ class Tile:
         labels_per_row: int,
         mask: int,
         ignore_index: int,
+    ) -> None: ...
+
+class Output:
+    def __init__(self, number: int, compared: int, forward: float, reverse: float) -> None: ...
+
+class FinishedRows:
+    def __init__(
+        self,
+        rows: int,
+        labels_per_row: int,
+        compared_per_row: int,
+        ignore_index: int,
+        vocabulary: int,
+        inverse_temperature: int,
+        labels: int,
+        state: int,
+        label_logits: int,
+        compared: int,
+        rank: int,
     ) -> None: ...
 
 def accumulate(tile: Tile, wanted: int, state: int, label_logits: int, threads: int) -> None: ...
@@ -44,6 +64,7 @@ def gradient(
     teacher: Target,
     threads: int,
 ) -> None: ...
+def finish(rows: FinishedRows, output: Output, to: int, threads: int) -> None: ...
 def isa() -> str: ...
 def isas() -> list[str]: ...
 def choose_isa(name: str) -> None: ...

@@ -181,7 +181,8 @@ class Problem:
         """Before anything was added."""
         shape = self.every_token.labels.shape
         state = empty_state(self.rows, self.device)
-        compared = state.new_zeros((self.rows, len(self.request.compared), 3))
+        terms = len(self.request.compared)
+        compared = state.new_zeros((self.rows, terms, 3)) if terms else state.new_empty((self.rows, 0, 3))
         label_logits = torch.full(shape, torch.nan, dtype=self.work, device=self.device)
         if "rank" in self.request.outputs:
             rank = state.new_zeros(shape, dtype=torch.int64)
@@ -201,7 +202,9 @@ def _on_chip(problem: Problem, sums: Sums) -> bool:
     rows = problem.gather(hidden.reshape(-1, hidden.shape[-1]))
     projection = Projection(rows, weight, bias[0] if bias else None, request.student)
     tokens = problem.every_token
-    done = problem.backend.accumulate_on_chip(projection, tokens, wanted(request), sums.state, sums.label_logits)
+    done = problem.backend.accumulate_on_chip(
+        projection, tokens, wanted(request.outputs), sums.state, sums.label_logits
+    )
     how = "logits stay on the chip" if done else "this backend forms tiles of logits"
     log("%s on %s: workspace 0, %s", request.outputs, problem.backend.name, how)
     return done
@@ -213,9 +216,9 @@ def _accumulate(problem: Problem, sums: Sums, student: Side, teacher: Side | Non
     for columns in tiles.column_slices(problem.vocabulary):
         tile = problem.tile(student, teacher, rows, columns)
         if request.second_look:  # rows are full
-            problem.backend.look(tile, wanted(request), list(request.compared), part, "rank" in request.outputs)
+            problem.backend.look(tile, wanted(request.outputs), list(request.compared), part, "rank" in request.outputs)
         else:
-            problem.backend.accumulate(tile, wanted(request), part.state, part.label_logits)
+            problem.backend.accumulate(tile, wanted(request.outputs), part.state, part.label_logits)
     return tile
 
 

@@ -62,17 +62,17 @@ def stats(asked: Request, student: _Tensors, teacher: _Tensors, *beside: Tensor 
     """(outputs, state, compared); beside the models' tensors: labels, mask, temperature."""
     if watched(*student, *teacher, *beside):
         return list(torch.ops.fastdiv.stats(student, teacher, *beside, *arguments(asked)))
-    return _run_stats(asked, student, teacher, *beside)
+    return run_stats(asked, student, teacher, *beside)
 
 
-def _run_stats(asked: Request, student: _Tensors, teacher: _Tensors, *beside: Tensor | None) -> list[Tensor]:
+def run_stats(asked: Request, student: _Tensors, teacher: _Tensors, *beside: Tensor | None) -> list[Tensor]:
     with engine.exact(student[0].device):
         outputs, state, compared = engine.forward(engine.Problem(asked, list(student), list(teacher), *beside))
     return [*outputs, state, compared]
 
 
 def _stats(student: list[Tensor], teacher: list[Tensor], *rest: Any) -> list[Tensor]:
-    return _run_stats(request(*rest[3:]), student, teacher, *rest[:3])
+    return run_stats(request(*rest[3:]), student, teacher, *rest[:3])
 
 
 def _outputs_fake(asked: Request, tensors: _Tensors, labels: Tensor | None) -> list[Tensor]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import NamedTuple
 
 import torch
@@ -47,7 +47,9 @@ class Request:
         products: str = "",
     ) -> Request:
         scalars = (student.scale, student.softcap, teacher.scale, teacher.softcap, temperature, *parameters)
-        return Request(outputs, scalars, ignore_index, backend, workspace, products)
+        # Most calls ask what one before asked.  Dynamo does not see through the cache.
+        known = Request if torch.compiler.is_compiling() else _known
+        return known(outputs, scalars, ignore_index, backend, workspace, products)
 
     @cached_property
     def student(self) -> Transform:
@@ -82,3 +84,6 @@ class Request:
     def second_look(self) -> bool:
         """Whether the logits must be seen again once the normalisers are known."""
         return bool(self.compared) or "rank" in self.outputs
+
+
+_known = lru_cache(maxsize=256)(Request)

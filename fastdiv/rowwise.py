@@ -4,7 +4,7 @@ Arguments are columns of the state (`fastdiv.statistics.STATE`): with z = logit 
 `tail` is sum exp(z - m) over all entries but one maximum, `first` and `second` are sum exp(z - m) (z - m)^k, and so
 on.  A row of -inf has no distribution: everything but its logsumexp is NaN.
 
-`fastdiv.statistics` runs the text on tensors, the Triton backend compiles it.
+`fastdiv.statistics` runs the text on tensors, the Triton backend compiles it, `fastdiv.translate` writes it in C++.
 """
 
 # mypy: ignore-errors

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, lru_cache
 
 import torch
 from torch import Tensor
@@ -257,12 +257,15 @@ OUTPUTS = {
 """Every output of one model; a divergence's name is an output too."""
 
 
-def wanted(request: Request) -> int:
-    """The extra sums that a request's outputs need, as bits of `WANTED`."""
-    names = {name for output in request.outputs if output in OUTPUTS for name in OUTPUTS[output].wanted}
-    for divergence, _ in request.divergences:
-        if divergence.one_pass is not None:
-            names |= {name for name, weight in zip(("forward", "reverse"), divergence.one_pass, strict=True) if weight}
+@lru_cache(maxsize=256)
+def wanted(outputs: tuple[str, ...]) -> int:
+    """The extra sums that outputs need, as bits of `WANTED`."""
+    names: set[str] = set()
+    for output in outputs:
+        if output in OUTPUTS:
+            names.update(OUTPUTS[output].wanted)
+        elif (kls := DIVERGENCES[output].one_pass) is not None:
+            names.update(name for name, weight in zip(("forward", "reverse"), kls, strict=True) if weight)
     return sum(WANTED[name] for name in names)
 
 

@@ -1,31 +1,36 @@
-"""Prints `fastdiv.pointwise` as the C++ header `csrc/pointwise.h`, for g++ and nvcc.
+"""Writes `fastdiv.pointwise` as the C++ header pointwise.h, for g++ and nvcc, and `fastdiv.rowwise` as rowwise.h.
 
-    python -m fastdiv.translate > csrc/pointwise.h
+    python -m fastdiv.translate csrc
 
-A test keeps the checked-in header equal to what this prints.
+A test keeps the checked-in headers equal to what this writes.
 """
 
 from __future__ import annotations
 
 import ast
 import inspect
+import sys
+from pathlib import Path
+from types import ModuleType
 
-from fastdiv import pointwise
+from fastdiv import pointwise, rowwise
 from fastdiv.divergences import DIVERGENCES
+from fastdiv.statistics import OUTPUTS
 
 _OPERATORS: dict[type[ast.AST], str] = {
     ast.Add: "+",
     ast.Sub: "-",
     ast.Mult: "*",
     ast.Div: "/",
+    ast.Eq: "==",
     ast.Gt: ">",
     ast.Lt: "<",
     ast.GtE: ">=",
     ast.LtE: "<=",
 }
 
-_HEADER = """\
-// Generated from fastdiv/pointwise.py by `python -m fastdiv.translate`; a test keeps the two equal.
+_POINTWISE = """\
+// Generated from fastdiv/pointwise.py by `python -m fastdiv.translate csrc`; a test keeps the two equal.
 // clang-format off
 #pragma once
 #include "language.h"
@@ -48,9 +53,37 @@ enum DivergenceNumber : int32_t {{
 }}  // namespace fd
 """
 
+_ROWWISE = """\
+// Generated from fastdiv/rowwise.py by `python -m fastdiv.translate csrc`; a test keeps the two equal.
+// clang-format off
+#pragma once
+#include <cmath>
+#include <cstdint>
+
+// Every output of one model, in the order of fastdiv/statistics.py: the place in this list is its number.
+#define FD_OUTPUTS(X) {outputs}
+
+namespace fd::rowwise {{
+
+using std::expm1, std::log1p;
+
+enum OutputNumber : int32_t {{
+#define FD_NUMBER(name) k_##name,
+  FD_OUTPUTS(FD_NUMBER)
+#undef FD_NUMBER
+}};
+
+{functions}
+
+}}  // namespace fd::rowwise
+"""
+
 
 class _Cpp(ast.NodeVisitor):
-    """One expression of the pointwise language as C++ text."""
+    """One expression of the pointwise language as C++ text, its numbers float or double."""
+
+    def __init__(self, kind: str) -> None:
+        self._suffix = {"float": "f", "double": ""}[kind]
 
     def generic_visit(self, node: ast.AST) -> str:
         line = getattr(node, "lineno", "?")
@@ -62,7 +95,7 @@ class _Cpp(ast.NodeVisitor):
     def visit_Constant(self, node: ast.Constant) -> str:
         if not isinstance(node.value, float):
             return self.generic_visit(node)
-        return f"{node.value!r}f"
+        return f"{node.value!r}{self._suffix}"
 
     def visit_UnaryOp(self, node: ast.UnaryOp) -> str:
         if not isinstance(node.op, ast.USub):
@@ -80,36 +113,47 @@ class _Cpp(ast.NodeVisitor):
     def visit_Call(self, node: ast.Call) -> str:
         if not isinstance(node.func, ast.Name):
             return self.generic_visit(node)
+        if node.func.id == "float":
+            return {"inf": "INFINITY", "nan": "NAN"}[ast.literal_eval(node.args[0])]
         arguments = [self.visit(a) for a in node.args]
         if node.func.id == "where":
             return "({} ? {} : {})".format(*arguments)
         return f"{node.func.id}({', '.join(arguments)})"
 
 
-def _function(node: ast.FunctionDef) -> str:
+def _function(node: ast.FunctionDef, kind: str = "float") -> str:
     used = {name.id for name in ast.walk(node) if isinstance(name, ast.Name)}
-    parameters = ", ".join(f"float {a.arg}" if a.arg in used else "float" for a in node.args.args)
-    lines = [f"FD_INLINE float {node.name}({parameters}) {{"]
+    parameters = ", ".join(f"{kind} {a.arg}" if a.arg in used else kind for a in node.args.args)
+    lines = [f"{'FD_INLINE' if kind == 'float' else 'inline'} {kind} {node.name}({parameters}) {{"]
+    cpp = _Cpp(kind)
     for statement in node.body:
         if isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Constant):
             continue  # the docstring
         if isinstance(statement, ast.Assign) and isinstance(statement.targets[0], ast.Name):
-            lines.append(f"  const float {statement.targets[0].id} = {_Cpp().visit(statement.value)};")
+            lines.append(f"  const {kind} {statement.targets[0].id} = {cpp.visit(statement.value)};")
         elif isinstance(statement, ast.Return) and statement.value is not None:
-            lines.append(f"  return {_Cpp().visit(statement.value)};")
+            lines.append(f"  return {cpp.visit(statement.value)};")
         else:
-            _Cpp().generic_visit(statement)
+            cpp.generic_visit(statement)
     return "\n".join([*lines, "}"])
 
 
-def header() -> str:
-    """The text of `csrc/pointwise.h`."""
-    tree = ast.parse(inspect.getsource(pointwise))
-    functions = [_function(node) for node in tree.body if isinstance(node, ast.FunctionDef)]
+def _functions(text: ModuleType, kind: str) -> str:
+    tree = ast.parse(inspect.getsource(text))
+    return "\n\n".join(_function(node, kind) for node in tree.body if isinstance(node, ast.FunctionDef))
+
+
+def headers() -> dict[str, str]:
+    """The headers' texts, by file name."""
     every = " ".join(f"X({name})" for name in DIVERGENCES)
     compared = " ".join(f"X({name})" for name, divergence in DIVERGENCES.items() if divergence.one_pass is None)
-    return _HEADER.format(every=every, compared=compared, functions="\n\n".join(functions))
+    outputs = " ".join(f"X({name})" for name in OUTPUTS)
+    return {
+        "pointwise.h": _POINTWISE.format(every=every, compared=compared, functions=_functions(pointwise, "float")),
+        "rowwise.h": _ROWWISE.format(outputs=outputs, functions=_functions(rowwise, "double")),
+    }
 
 
 if __name__ == "__main__":
-    print(header(), end="")
+    for name, text in headers().items():
+        Path(sys.argv[1], name).write_text(text)

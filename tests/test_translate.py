@@ -1,4 +1,4 @@
-"""The header that the compiled backends read is the one that `fastdiv.pointwise` prints."""
+"""The headers that the compiled backends read are what `fastdiv.pointwise` and `fastdiv.rowwise` become in C++."""
 
 from __future__ import annotations
 
@@ -9,17 +9,18 @@ import pytest
 
 from fastdiv import translate
 
-HEADER = Path(__file__).parents[1] / "csrc" / "pointwise.h"
+CSRC = Path(__file__).parents[1] / "csrc"
 
 
-def test_the_checked_in_header_is_current() -> None:
-    assert HEADER.read_text() == translate.header(), "run: python -m fastdiv.translate > csrc/pointwise.h"
+@pytest.mark.parametrize("name", ["pointwise.h", "rowwise.h"])
+def test_the_checked_in_headers_are_current(name: str) -> None:
+    assert (CSRC / name).read_text() == translate.headers()[name], "run: python -m fastdiv.translate csrc"
 
 
-def _print(text: str) -> str:
+def _print(text: str, kind: str = "float") -> str:
     (function,) = ast.parse(text).body
     assert isinstance(function, ast.FunctionDef)
-    return translate._function(function)
+    return translate._function(function, kind)
 
 
 def test_a_function_prints_as_cpp() -> None:
@@ -32,6 +33,13 @@ def test_a_function_prints_as_cpp() -> None:
     )
 
 
+def test_a_function_of_doubles_prints_as_cpp() -> None:
+    text = 'def f(m, t):\n    return where(m == -float("inf"), float("nan"), 1.0 + t)\n'
+    assert _print(text, "double") == (
+        "inline double f(double m, double t) {\n  return (m == -INFINITY ? NAN : (1.0 + t));\n}"
+    )
+
+
 @pytest.mark.parametrize(
     "body",
     [
@@ -40,7 +48,7 @@ def test_a_function_prints_as_cpp() -> None:
         "return d + 1",
         "return not d",
         "return math.exp(d)",
-        "return d == p",
+        "return d != p",
         "d += 1.0",
         "for x in d: pass",
     ],

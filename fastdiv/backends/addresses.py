@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fastdiv.divergences import DIVERGENCES
-from fastdiv.statistics import STATE
+from fastdiv.statistics import OUTPUTS, STATE
 from fastdiv.tiles import Rows, Terms, Tile
 
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
@@ -17,12 +17,19 @@ NUMBERS = {name: number for number, name in enumerate(DIVERGENCES)}
 
 def fits(module: Any) -> bool:
     """Whether a native module was built from the sources that belong to this Python code."""
-    return bool(module.divergences == list(DIVERGENCES) and module.state_fields == len(STATE))
+    known = [getattr(module, name, None) for name in ("divergences", "outputs", "state_fields")]
+    return known == [list(DIVERGENCES), list(OUTPUTS), len(STATE)]
 
 
 def split(terms: Terms) -> tuple[list[int], list[float]]:
     """Numbers and parameters of divergences."""
     return [NUMBERS[divergence.name] for divergence, _ in terms], [parameter for _, parameter in terms]
+
+
+def address(tensor: Tensor) -> int:
+    """The address of a contiguous tensor, which the caller keeps alive."""
+    assert tensor.is_contiguous()
+    return tensor.data_ptr()
 
 
 class Addresses:
@@ -49,9 +56,8 @@ class Addresses:
         """The address of a contiguous tensor that lives as long as this object; 0 for None."""
         if tensor is None:
             return 0
-        assert tensor.is_contiguous()
         self._alive.append(tensor)
-        return tensor.data_ptr()
+        return address(tensor)
 
     def _rows(self, rows: Rows) -> tuple[int, int, int, int]:
         self._alive.append(rows.tensor)

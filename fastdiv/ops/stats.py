@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
-from fastdiv import checks, plain
+from fastdiv import checks, library, plain
 from fastdiv.autograd import TokenStatistics
 from fastdiv.ops.call import Call, prepare
 from fastdiv.sources import LogProbabilities, Source
@@ -43,15 +41,14 @@ def run(operator: str, student: Tensor | Source, labels: Tensor | None, **option
 def outputs_of(call: Call) -> tuple[Tensor, ...]:
     """The outputs of a call, in its order."""
     beside = call.labels, call.mask, call.temperature
-    if plain.transformed():
-        wanted = True  # torch.func's own protocol
-    elif plain.watched(*call.tensors, *beside):
-        wanted = False  # the operator has its own autograd
+    student, teacher = call.tensors[: call.students], call.tensors[call.students :]
+    if plain.watched(*call.tensors, *beside) and not plain.transformed():
+        found = library.stats(call.request, student, teacher, *beside)  # the operator has its own autograd
+    elif plain.transformed() or (torch.is_grad_enabled() and any(t.requires_grad for t in call.tensors)):
+        found = TokenStatistics.apply(call.request, call.students, *beside, *call.tensors)
     else:
-        wanted = torch.is_grad_enabled() and any(t.requires_grad for t in call.tensors)
-    function: Any = TokenStatistics.apply if wanted else TokenStatistics.forward
-    found: tuple[Tensor, ...] = function(call.request, call.students, *beside, *call.tensors)
-    return found[:-2]
+        found = library.run_stats(call.request, student, teacher, *beside)
+    return tuple(found[:-2])
 
 
 def token_stats(
