@@ -76,8 +76,9 @@ FD_INLINE float log(float x) {
   return e * 0.693147181f + (2.0f * s + 2.0f * s * t * p);
 }
 
+// Both are formed: on a GPU cheaper than a branch that lanes take by different ways; on a CPU the compiler
+// sees what several choices share (js, AVX-512: 0.7 of the time with ?: in its terms).
 #if defined(__CUDA_ARCH__)
-// Both are formed: cheaper than a branch that lanes take by different ways.
 FD_INLINE float chosen(bool yes, float a, float b) {
   float y;
   asm("{.reg .pred p; setp.ne.u32 p, %3, 0; selp.f32 %0, %1, %2, p;}"

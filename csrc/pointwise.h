@@ -17,27 +17,27 @@ enum DivergenceNumber : int32_t {
 };
 
 FD_INLINE float forward_kl_value(float d, float p, float q, float) {
-  return (abs(d) < 0.5f ? (q * phi(d)) : ((p - q) - (q > 0.0f ? (q * d) : 0.0f)));
+  return chosen(abs(d) < 0.5f, (q * phi(d)), ((p - q) - chosen(q > 0.0f, (q * d), 0.0f)));
 }
 
 FD_INLINE float forward_kl_dlp(float d, float p, float q, float) {
-  return (abs(d) < 0.5f ? (q * (d + phi(d))) : (p - q));
+  return chosen(abs(d) < 0.5f, (q * (d + phi(d))), (p - q));
 }
 
 FD_INLINE float forward_kl_dlq(float d, float, float q, float) {
-  return (q > 0.0f ? (-q * d) : 0.0f);
+  return chosen(q > 0.0f, (-q * d), 0.0f);
 }
 
 FD_INLINE float reverse_kl_value(float d, float p, float q, float) {
-  return (abs(d) < 0.5f ? (p * phi(-d)) : ((q - p) + (p > 0.0f ? (p * d) : 0.0f)));
+  return chosen(abs(d) < 0.5f, (p * phi(-d)), ((q - p) + chosen(p > 0.0f, (p * d), 0.0f)));
 }
 
 FD_INLINE float reverse_kl_dlp(float d, float p, float, float) {
-  return (p > 0.0f ? (p * d) : 0.0f);
+  return chosen(p > 0.0f, (p * d), 0.0f);
 }
 
 FD_INLINE float reverse_kl_dlq(float d, float p, float q, float) {
-  return (abs(d) < 0.5f ? (p * (phi(-d) - d)) : (q - p));
+  return chosen(abs(d) < 0.5f, (p * (phi(-d) - d)), (q - p));
 }
 
 FD_INLINE float jeffreys_value(float d, float p, float q, float a) {
@@ -53,44 +53,44 @@ FD_INLINE float jeffreys_dlq(float d, float p, float q, float a) {
 }
 
 FD_INLINE float weight_of_q(float a) {
-  return (a < 0.0f ? (1.0f + a) : a);
+  return chosen(a < 0.0f, (1.0f + a), a);
 }
 
 FD_INLINE float weight_of_p(float a) {
-  return (a < 0.0f ? -a : (1.0f - a));
+  return chosen(a < 0.0f, -a, (1.0f - a));
 }
 
 FD_INLINE float log_mixture(float d, float a) {
-  const float w = (d > 0.0f ? weight_of_p(a) : weight_of_q(a));
-  const float rest = (d > 0.0f ? weight_of_q(a) : weight_of_p(a));
+  const float w = chosen(d > 0.0f, weight_of_p(a), weight_of_q(a));
+  const float rest = chosen(d > 0.0f, weight_of_q(a), weight_of_p(a));
   return log((w + (rest * exp(-abs(d)))));
 }
 
 FD_INLINE float mixture_beyond_p(float d, float p, float q, float a) {
-  return (weight_of_q(a) * (abs(d) < 0.5f ? (p * (phi(-d) - d)) : (q - p)));
+  return (weight_of_q(a) * chosen(abs(d) < 0.5f, (p * (phi(-d) - d)), (q - p)));
 }
 
 FD_INLINE float mixture_beyond_q(float d, float p, float q, float a) {
-  return (weight_of_p(a) * (abs(d) < 0.5f ? (q * (phi(d) + d)) : (p - q)));
+  return (weight_of_p(a) * chosen(abs(d) < 0.5f, (q * (phi(d) + d)), (p - q)));
 }
 
 FD_INLINE float p_log_mixture_over_p(float d, float p, float q, float a) {
   const float e = mixture_beyond_p(d, p, q, a);
-  const float far = (p <= 0.0f ? 0.0f : (p * (log_mixture(d, a) - (d > 0.0f ? 0.0f : d))));
-  return (abs(e) < (0.5f * p) ? (e - psi(e, p)) : far);
+  const float far = chosen(p <= 0.0f, 0.0f, (p * (log_mixture(d, a) - chosen(d > 0.0f, 0.0f, d))));
+  return chosen(abs(e) < (0.5f * p), (e - psi(e, p)), far);
 }
 
 FD_INLINE float q_log_mixture_over_q(float d, float p, float q, float a) {
   const float e = mixture_beyond_q(d, p, q, a);
-  const float far = (q <= 0.0f ? 0.0f : (q * (log_mixture(d, a) + (d < 0.0f ? 0.0f : d))));
-  return (abs(e) < (0.5f * q) ? (e - psi(e, q)) : far);
+  const float far = chosen(q <= 0.0f, 0.0f, (q * (log_mixture(d, a) + chosen(d < 0.0f, 0.0f, d))));
+  return chosen(abs(e) < (0.5f * q), (e - psi(e, q)), far);
 }
 
 FD_INLINE float js_value(float d, float p, float q, float a) {
   const float e = mixture_beyond_p(d, p, q, a);
   const float u = mixture_beyond_q(d, p, q, a);
-  const float of_p = (abs(e) < (0.5f * p) ? psi(e, p) : (e - p_log_mixture_over_p(d, p, q, a)));
-  const float of_q = (abs(u) < (0.5f * q) ? psi(u, q) : (u - q_log_mixture_over_q(d, p, q, a)));
+  const float of_p = chosen(abs(e) < (0.5f * p), psi(e, p), (e - p_log_mixture_over_p(d, p, q, a)));
+  const float of_q = chosen(abs(u) < (0.5f * q), psi(u, q), (u - q_log_mixture_over_q(d, p, q, a)));
   return ((weight_of_p(a) * of_p) + (weight_of_q(a) * of_q));
 }
 
@@ -103,15 +103,15 @@ FD_INLINE float js_dlq(float d, float p, float q, float a) {
 }
 
 FD_INLINE float tv_value(float d, float p, float q, float) {
-  return (0.5f * (abs(d) < 0.5f ? (q * abs((d + phi(d)))) : abs((p - q))));
+  return (0.5f * chosen(abs(d) < 0.5f, (q * abs((d + phi(d)))), abs((p - q))));
 }
 
 FD_INLINE float tv_dlp(float d, float p, float q, float) {
-  return (d > 0.0f ? (0.5f * p) : (d < 0.0f ? (-0.5f * p) : ((0.0f * p) * q)));
+  return chosen(d > 0.0f, (0.5f * p), chosen(d < 0.0f, (-0.5f * p), ((0.0f * p) * q)));
 }
 
 FD_INLINE float tv_dlq(float d, float p, float q, float) {
-  return (d > 0.0f ? (-0.5f * q) : (d < 0.0f ? (0.5f * q) : ((0.0f * p) * q)));
+  return chosen(d > 0.0f, (-0.5f * q), chosen(d < 0.0f, (0.5f * q), ((0.0f * p) * q)));
 }
 
 }  // namespace fd

@@ -83,7 +83,8 @@ class _Cpp(ast.NodeVisitor):
     """One expression of the pointwise language as C++ text, its numbers float or double."""
 
     def __init__(self, kind: str) -> None:
-        self._suffix = {"float": "f", "double": ""}[kind]
+        # Both arms of a loop over floats are formed, so that what they share with others' arms is formed once.
+        self._suffix, self._where = {"float": ("f", "chosen({}, {}, {})"), "double": ("", "({} ? {} : {})")}[kind]
 
     def generic_visit(self, node: ast.AST) -> str:
         line = getattr(node, "lineno", "?")
@@ -117,7 +118,7 @@ class _Cpp(ast.NodeVisitor):
             return {"inf": "INFINITY", "nan": "NAN"}[ast.literal_eval(node.args[0])]
         arguments = [self.visit(a) for a in node.args]
         if node.func.id == "where":
-            return "({} ? {} : {})".format(*arguments)
+            return self._where.format(*arguments)
         return f"{node.func.id}({', '.join(arguments)})"
 
 

@@ -28,7 +28,7 @@ def test_a_function_prints_as_cpp() -> None:
     assert _print(text) == (
         "FD_INLINE float f(float d, float p, float q, float) {\n"
         "  const float x = (exp(-d) * 2.0f);\n"
-        "  return (x > p ? (x / 0.5f) : q);\n"
+        "  return chosen(x > p, (x / 0.5f), q);\n"
         "}"
     )
 
