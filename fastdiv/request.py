@@ -10,6 +10,13 @@ import torch
 
 from fastdiv.divergences import DIVERGENCES, Divergence
 
+_TWO_LOOKS = {"rank", *(name for name, divergence in DIVERGENCES.items() if divergence.one_pass is None)}
+
+
+def looks_twice(outputs: tuple[str, ...]) -> bool:
+    """Whether the logits must be seen again once the normalisers are known."""
+    return not _TWO_LOOKS.isdisjoint(outputs)
+
 
 class Transform(NamedTuple):
     """One model's logits transform; softcap 0 means none."""
@@ -82,8 +89,8 @@ class Request:
 
     @cached_property
     def second_look(self) -> bool:
-        """Whether the logits must be seen again once the normalisers are known."""
-        return bool(self.compared) or "rank" in self.outputs
+        """`looks_twice` of the outputs."""
+        return looks_twice(self.outputs)
 
 
 _known = lru_cache(maxsize=256)(Request)

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
+from fastdiv import LinearLogits
+from fastdiv.ops.call import prepare
 from fastdiv.planner import plan
 
 MIB = 1 << 20
@@ -33,3 +36,33 @@ def test_tiles_fit_the_workspace(
 def test_no_workspace_is_about_a_mebibyte(full_rows: bool, cached: bool) -> None:
     tiles = plan(4096, 49152, 1, 4, 0, full_rows, cached)
     assert 0.75 * MIB <= tiles.rows * tiles.columns * 4 <= MIB
+
+
+@pytest.mark.parametrize(
+    ("operator", "outputs", "device", "want"),
+    [
+        ("token_stats", ("entropy",), "cpu", 128 * MIB),
+        ("linear_loss", ("entropy",), "cpu", 128 * MIB),
+        ("token_stats", ("entropy", "reverse_kl"), "meta", 256 * MIB),
+        ("token_stats", ("entropy", "js"), "meta", 1024 * MIB),
+        ("linear_loss", ("entropy",), "meta", 1024 * MIB),
+    ],
+)
+def test_the_default_depends_on_what_the_tiles_are(
+    operator: str, outputs: tuple[str, ...], device: str, want: int
+) -> None:
+    head = LinearLogits(torch.zeros(3, 4, device=device), torch.zeros(8, 4, device=device))
+    call = prepare(
+        operator,
+        head,
+        None,
+        teacher=head if len(outputs) > 1 else None,
+        outputs=outputs,
+        parameters={},
+        temperature=1.0,
+        mask=None,
+        ignore_index=-100,
+        backend=None,
+        workspace=None,
+    )
+    assert call.request.workspace == want

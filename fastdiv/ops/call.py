@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fastdiv import backends, checks, plain
-from fastdiv.request import Request, Transform
+from fastdiv.request import Request, Transform, looks_twice
 from fastdiv.sources import LinearLogits, Logits, LogProbabilities, Source
 
 _STUDENT = {"token_stats": "source", "divergence": "student", "linear_loss": "head"}
@@ -60,7 +60,7 @@ def prepare(
         checks.parameters(operator, names, parameters),
         checks.ignore_index(operator, ignore_index),
         backends.select([tensor.dtype for side in sides for tensor in side.tensors], own.device, backend),
-        checks.workspace(operator, own.device, workspace),
+        checks.workspace(operator, own.device, workspace, operator == "linear_loss" or looks_twice(names)),
         _products(sides),
     )
     return Call(

@@ -97,9 +97,9 @@ def token_stats(
         ignore_index: a label that is not one: its per-label outputs are 0 and have no gradient; a token all of whose
             labels are ignored counts as masked.
         backend: "native", "cuda", "triton" or "reference"; None chooses (`fastdiv.info()` and FASTDIV_LOG=1 tell).
-        workspace: bytes for tiles of projected logits; default 128 MiB on a CPU, 256 MiB elsewhere.  0 asks for the
-            least: sums of one model that merge are taken on the chip by `triton` (no tile at all; slower), and all
-            else in tiles of about 1 MiB.
+        workspace: bytes for tiles of projected logits; default 128 MiB on a CPU; elsewhere 256 MiB, and 1 GiB
+            where tiles are full rows (`js`, `tv`, `rank`, `linear_loss`).  0 asks for the least: sums of one model that
+            merge are taken on the chip by `triton` (no tile at all; slower), and all else in tiles of about 1 MiB.
 
     Returns:
         `TokenStats`, a dict with attribute access.  Numbers are float32, or float64 if any input is float64, whatever
