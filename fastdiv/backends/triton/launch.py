@@ -84,14 +84,11 @@ def _on(device: torch.device) -> Iterator[None]:
         yield
 
 
-STAGES = 1
-"""Of `accumulate`'s loop: the steps whose logits are on their way to shared memory as one is summed; 1 for none."""
-
-
 def accumulate(tile: Tile, wanted: int, state: Tensor, label_logits: Tensor) -> None:
     """Adds a tile's columns to the state [n, len(STATE)] and finds logits of labels [n, K]."""
     count, labels = tile.tokens.labels.shape
     shape = blocks.shape("accumulate_pair" if tile.teacher else "accumulate", tile.columns)
+    kinds = kind(tile.student), kind(tile.teacher)
     run(
         accumulate_kernel,
         count,
@@ -107,8 +104,8 @@ def accumulate(tile: Tile, wanted: int, state: Tensor, label_logits: Tensor) -> 
         count,
         tile.columns,
         tile.first_column,
-        X_KIND=kind(tile.student),
-        Y_KIND=kind(tile.teacher),
+        X_KIND=kinds[0],
+        Y_KIND=kinds[1],
         FIRST=bool(wanted & (WANTED["first"] | WANTED["second"])),
         SECOND=bool(wanted & WANTED["second"]),
         SQUARES=bool(wanted & WANTED["squares"]),
@@ -119,7 +116,7 @@ def accumulate(tile: Tile, wanted: int, state: Tensor, label_logits: Tensor) -> 
         FRESH=tile.first_column == 0,
         LABELS=labels,
         LABEL_BLOCK=blocks.power_of_two(labels),
-        STAGES=STAGES,
+        STAGES=blocks.stages(tile.teacher is not None, rows.CAPPED.value in kinds),
     )
 
 
