@@ -30,9 +30,10 @@ _LARGEST = {
     "gradient_pair": (1024, 4),
 }
 
-# How many steps ahead of its sums `accumulate` fetches logits, by (two models, a softcap); 1: not ahead.  Three hide the
-# memory best (one model, bfloat16, H200: 1.20 ms against 1.57 ms with 1), but on some target ptxas of Triton 3.7 spills
-# 8 or 16 bytes with more than these.  That of 3.6 spills as much with these in KL with a softcap on sm_80 and sm_100.
+# How many steps ahead of its sums `accumulate` fetches logits, by (two models, a softcap); 1: not ahead.  Three hide
+# the memory best (one model, bfloat16, H200: 1.20 ms against 1.57 ms with 1), but on some target ptxas of Triton 3.7
+# spills 8 or 16 bytes with more than these.  That of 3.6 spills as much with these in KL with a softcap on sm_80 and
+# sm_100.
 _STAGES = {(False, False): 3, (False, True): 1, (True, False): 2, (True, True): 3}
 
 SCALARS = Shape(128, 1, 4)
