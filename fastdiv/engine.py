@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from fastdiv import backends
+from fastdiv.checks import UNNAMED
 from fastdiv.log import log
 from fastdiv.planner import Plan, plan, row_stride
 from fastdiv.request import Request
@@ -100,8 +101,9 @@ class Problem:
         if bool(invalid.any()):
             row, column = (int(i) for i in invalid.nonzero()[0])
             raise IndexError(
-                f"labels: expected values in [0, {self.vocabulary}) or ignore_index {self.request.ignore_index}, "
-                f"got {int(tokens.labels[row, column])} at token {int(self.numbers[row])}"
+                f"{UNNAMED}labels: expected values in [0, {self.vocabulary}) "
+                f"or ignore_index {self.request.ignore_index}, got {int(tokens.labels[row, column])} "
+                f"at token {int(self.numbers[row])}"
             )
 
     def _inverse_temperature(self, temperature: Tensor | None) -> Tensor:
@@ -109,7 +111,7 @@ class Problem:
             value = 1.0 / self.request.temperature
             return torch.full((self.rows,), value, dtype=self.work, device=self.device)
         if self.device.type == "cpu" and not bool((temperature > 0.0).all()):
-            raise ValueError(f"temperature: expected numbers above 0, got {float(temperature.min())}")
+            raise ValueError(f"{UNNAMED}temperature: expected numbers above 0, got {float(temperature.min())}")
         return self.gather(temperature.reshape(-1)).to(self.work).reciprocal()
 
     @property

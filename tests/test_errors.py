@@ -5,14 +5,23 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastdiv
 
 INF, NAN = torch.inf, torch.nan
+
+
+class _Watching(TorchDispatchMode):
+    """Lets every operator run, and makes `fastdiv` show its own."""
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return function(*args, **(kwargs or {}))
 
 
 def hidden_of(h: int, **options: Any) -> fastdiv.LinearLogits:
@@ -113,3 +122,28 @@ def test_other_devices_are_named() -> None:
     ):
         with pytest.raises(ValueError, match=pattern):
             call()
+
+
+def _linear_loss(labels: torch.Tensor, temperature: torch.Tensor) -> torch.Tensor:
+    return fastdiv.linear_loss(HEAD, labels, lambda stats, rows: -stats.log_prob, temperature=temperature)
+
+
+def _value_and_gradient(labels: torch.Tensor, temperature: torch.Tensor) -> object:
+    return fastdiv.value_and_gradient(X, labels, {"log_prob": 1.0}, temperature=temperature)
+
+
+def _token_stats(labels: torch.Tensor, temperature: torch.Tensor) -> object:
+    return dict(fastdiv.token_stats(X, labels, temperature=temperature))
+
+
+@pytest.mark.parametrize("how", ["eager", "watched", "compiled"])
+@pytest.mark.parametrize("call", [_token_stats, _linear_loss, _value_and_gradient], ids=lambda call: call.__name__[1:])
+def test_errors_about_values_name_the_operator(call: Callable[..., object], how: str) -> None:
+    """Values are seen in the engine, which does not know who called; a compiled graph runs without the operator."""
+    name = "fastdiv" if how == "compiled" else call.__name__[1:]
+    run = torch.compile(call, backend="eager", fullgraph=True) if how == "compiled" else call
+    with _Watching() if how == "watched" else nullcontext():
+        with pytest.raises(IndexError, match=rf"^{name}: labels: expected values in \[0, 10\) or ignore_index -100"):
+            run(Y + 10, torch.ones(3))
+        with pytest.raises(ValueError, match=rf"^{name}: temperature: expected numbers above 0, got 0.0"):
+            run(Y, torch.zeros(3))

@@ -33,10 +33,8 @@ torch.serialization.add_safe_globals([TokenStats])
 def run(operator: str, student: Tensor | Source, labels: Tensor | None, **options: object) -> TokenStats:
     """The one way from a public operator to the kernels."""
     call = prepare(operator, student, labels, **options)  # type: ignore[arg-type]
-    try:
+    with checks.named(operator):
         outputs = outputs_of(call)
-    except (IndexError, ValueError) as error:
-        raise checks.named(operator, error) from None
     return TokenStats(zip(call.request.outputs, outputs, strict=True))
 
 
