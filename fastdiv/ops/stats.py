@@ -114,8 +114,8 @@ def token_stats(
     A size of 1 in labels, mask, temperature or teacher stands for any: what is shared is not copied.
 
     A -inf logit has probability 0, contributes 0 and receives gradient 0.  A row of -inf, or one with NaN or +inf,
-    gives NaN (logsumexp of all -inf: -inf) in that row alone.  A probability below the smallest normal float32 counts
-    as 0.
+    gives NaN in that row alone (logsumexp and mean_logit of all -inf: -inf; mean_logit with +inf: +inf).  A probability
+    below the smallest normal float32 counts as 0.
 
     Memory beyond inputs, outputs and gradients: O(tokens), and for `LinearLogits` the workspace, O(tokens H) and, where
     slices of the vocabulary are visited more than once, a weight gradient in float32.
