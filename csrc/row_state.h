@@ -26,8 +26,9 @@ FD_INLINE double raise(Normaliser& n, double max, double inverse_temperature) {
   return shift;
 }
 
-// x * factor, where a vanished factor removes even an infinite x.
-FD_INLINE double fade(double x, double factor) { return factor == 0.0 ? 0.0 : x * factor; }
+// x * factor.  What a probability below the smallest normal float has added is nothing, even where it is
+// infinite: else the order of the vocabulary would decide whether a KL is.
+FD_INLINE double fade(double x, double factor) { return factor < 0x1p-126 ? 0.0 : x * factor; }
 
 // How far a part of a row lies below the whole row's maximum.
 struct Drop {

@@ -44,14 +44,19 @@ def bounded(
 
 
 def name(
-    operator: str, argument: str, value: object, known: Iterable[str], aliases: Mapping[str, str] | None = None
+    operator: str,
+    argument: str,
+    value: object,
+    known: Iterable[str],
+    aliases: Mapping[str, str] | None = None,
+    error: type[ValueError] = ValueError,
 ) -> str:
     """One of the known names; the error suggests those that are close."""
     known = tuple(known)
     if isinstance(value, str) and value in known:
         return value
-    raise ValueError(f"{operator}: unknown {argument} {value!r}{suggestion(value, known, aliases)}; known are "
-                     f"{', '.join(known)}")  # fmt: skip
+    close = suggestion(value, known, aliases)
+    raise error(f"{operator}: unknown {argument} {value!r}{close}; known are {', '.join(known)}")
 
 
 def suggestion(value: object, known: Iterable[str], aliases: Mapping[str, str] | None = None) -> str:

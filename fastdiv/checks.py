@@ -21,6 +21,9 @@ WORKSPACE_OF_FULL_ROWS = 1 << 30
 """Elsewhere the height of a tile of full rows is that of the products it goes into: 256 MiB hold 524 rows of 128256
 (`linear_loss`, H200, 4096 tokens: 29.1 ms, with 1 GiB 23.0 ms)."""
 
+UNNAMED = "fastdiv: "
+"""Begins an error that `named` has yet to give an operator's name; a compiled graph shows it as it is."""
+
 _BOTH_KLS = "'forward_kl' KL(teacher || student) or 'reverse_kl' KL(student || teacher)"
 _ALIASES = {
     "kl": _BOTH_KLS,
@@ -279,7 +282,15 @@ def ignore_index(operator: str, value: object) -> int:
     return accept.integer(operator, "ignore_index", value, "an integer")
 
 
-def named(operator: str, error: Exception) -> Exception:
-    """An error about values, which are seen where no operator is known, with the operator's name before it."""
-    about_values = str(error).startswith(("labels: ", "temperature: "))
-    return type(error)(f"{operator}: {error}") if about_values else error
+class named:
+    """Errors about values are raised where no operator is known; here they get its name."""
+
+    def __init__(self, operator: str) -> None:
+        self._operator = operator
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        if isinstance(error, (IndexError, ValueError)) and str(error).startswith(UNNAMED):
+            raise type(error)(f"{self._operator}: {str(error).removeprefix(UNNAMED)}") from None

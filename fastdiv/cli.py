@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -104,7 +105,22 @@ def parse_train(arguments: list[str]) -> Any:
     except UserError:
         raise
     except (jsonargparse.ArgumentError, ValueError, TypeError, OSError) as error:
-        raise UserError(f"{error} (options: fastdiv train --help)") from error
+        raise UserError(f"{error}{_near(str(error))} (options: fastdiv train --help)") from error
+
+
+def _near(error: str) -> str:
+    """The options that a flag or key in jsonargparse's error may have meant."""
+    from fastdiv import accept
+    from fastdiv.training.config import TrainConfig, flatten
+
+    for pattern in (
+        r"unrecognized arguments: --([\w.-]+)",
+        r"Option '(.*)' is not",
+        r"Group '(.*)' does not .* '(.*)'",
+    ):
+        if found := re.search(pattern, error):
+            return accept.suggestion(".".join(found.groups()), flatten(TrainConfig()))
+    return ""
 
 
 def _expand(arguments: list[str]) -> list[str]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 # Elements of one projected tile.  2048 x 1024 float32 is 8 MiB, which stays in a last-level cache between the product
 # that writes it, the row kernel and the products that read it (4096 hidden 576 columns 49152, 2 cores, AVX2: 1024
@@ -13,8 +13,7 @@ _ALIGNED = 16  # elements from which on rows of a tile begin: products of a GPU 
 _LEAST = 1 << 20  # bytes of a workspace that is to be as small as possible: a hundredth of what is usual
 
 
-@dataclass(frozen=True)
-class Plan:
+class Plan(NamedTuple):
     """Tiles of `rows` x `columns`, row by row of tiles."""
 
     rows: int

@@ -70,7 +70,7 @@ def top_k(
     _check_index("top_k", index, scores)
     wanted = _check_k("top_k", k, ratio)
     first = _first_index(scores, process_group) if index is None else None
-    if kernels := token_kernels(scores.device, backend):
+    if kernels := token_kernels("top_k", scores.device, backend):
         plain.check("top_k", {"scores": scores, "mask": mask, "index": index, "k": k})
         return kernels.smallest(
             scores, mask, index, scores, k=wanted, largest=largest, offset=first, process_group=process_group
@@ -119,7 +119,7 @@ def random_subset(
     wanted = _check_k("random_subset", k, ratio)
     first = _first_index(eligible, process_group) if index is None else None
     drawn = _draw(seed, step)
-    if kernels := token_kernels(eligible.device, backend):
+    if kernels := token_kernels("random_subset", eligible.device, backend):
         plain.check("random_subset", {"eligible": eligible, "index": index, "k": k})
         return kernels.smallest(
             None, eligible, index, eligible, k=wanted, drawn=drawn, offset=first, process_group=process_group

@@ -139,6 +139,33 @@ def test_a_teacher_of_log_probabilities_has_no_temperature(backend: str, kind: s
         torch.testing.assert_close(a.double(), b, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("kind", DIVERGENCES)
+def test_every_operator_takes_a_teacher_of_log_probabilities(backend: str, kind: str) -> None:
+    """The same as from logits at a temperature of 1, in values and in gradients, the teacher's too."""
+    hidden, weight = random(B, T, 6).requires_grad_(), random(V, 6, seed=1).requires_grad_()
+    log_q = (Y * 2.0).log_softmax(-1).requires_grad_()
+    leaves, logits = (hidden, weight, log_q), (hidden @ weight.T).detach()
+    options, plain = {"outputs": (kind,), "backend": backend}, {"outputs": (kind,), "backend": "reference"}
+
+    def loss(stats: fastdiv.TokenStats, rows: Tensor) -> Tensor:
+        return stats[kind] * 0.5
+
+    head, at_one = fastdiv.LinearLogits(hidden, weight), fastdiv.LinearLogits(hidden, weight, scale=1 / 0.7)
+    got = fastdiv.linear_loss(head, None, loss, teacher=fastdiv.LogProbabilities(log_q), temperature=0.7, **options)
+    want = fastdiv.linear_loss(at_one, None, loss, teacher=log_q, **plain)
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)
+    for a, b in zip(torch.autograd.grad(got, leaves), torch.autograd.grad(want, leaves), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+    teacher = fastdiv.LogProbabilities(log_q.detach())
+    stats, gradient = fastdiv.value_and_gradient(
+        logits, None, {kind: 0.5}, teacher=teacher, temperature=0.7, backend=backend
+    )
+    leaf = logits.requires_grad_()
+    same = fastdiv.divergence(leaf, teacher, kind, temperature=0.7, backend="reference")
+    torch.testing.assert_close(stats[kind], same.detach(), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(gradient, torch.autograd.grad(same.sum() * 0.5, leaf)[0], rtol=1e-4, atol=1e-6)
+
+
 def test_where_log_probabilities_are_refused() -> None:
     teacher = fastdiv.LogProbabilities(Y)
     for temperature in (torch.ones(B, T), torch.tensor(1.0)):
@@ -208,6 +235,7 @@ NUMBERS: dict[str, Callable[..., Any]] = {
     "beta of dpo": lambda f, i: dpo(*pairs(), beta=f(0.5))[0],
     "alpha": lambda f, i: tdpo2(*pairs(), beta=f(0.5), alpha=f(0.25), normalizer=i(2))[0],
     "l1": lambda f, i: sparse_po(*pairs(), *weights(), beta=f(0.5), l1_reward=f(0.25), l1_kl=f(0.5))[0],
+    "weights": lambda f, i: fastdiv.value_and_gradient(X, LABELS, {"log_prob": f(0.5), "entropy": i(2)})[1],
     "eps": lambda f, i: fastdiv.objectives.advantages.grpo(X[0, 0], torch.zeros(V, dtype=torch.int64), eps=f(0.5)),
 }
 
@@ -230,6 +258,12 @@ def test_numbers_of_numpy(name: str, kinds: tuple[type, type]) -> None:
     """Those that binary fractions hold, so that the result is the same in every bit."""
     got, want = NUMBERS[name](*kinds), NUMBERS[name](float, int)
     assert torch.equal(got, want) and got.dtype == want.dtype and got.requires_grad == want.requires_grad
+
+
+@pytest.mark.parametrize("wrong", [True, np.True_, "1"])
+def test_weights_that_are_no_numbers(wrong: object) -> None:
+    with pytest.raises(TypeError, match="value_and_gradient: weights of 'entropy' must be a number or a floating tens"):
+        fastdiv.value_and_gradient(X, LABELS, {"entropy": wrong})  # type: ignore[dict-item]
 
 
 # Masks across tokens

@@ -406,5 +406,5 @@ def test_the_environment_chooses_the_backend_and_the_log_says_so() -> None:
         else:
             assert (
                 run.returncode == 1
-                and "backend: expected one of native, cuda, triton, reference, got 'nonsense'" in run.stderr
+                and "entropy: unknown backend 'nonsense'; known are native, cuda, triton, reference" in run.stderr
             )

@@ -5,14 +5,25 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastdiv
+from fastdiv.training.config import LossConfig, TrainConfig
+from fastdiv.training.objective import WindowLoss
 
 INF, NAN = torch.inf, torch.nan
+
+
+class _Watching(TorchDispatchMode):
+    """Lets every operator run, and makes `fastdiv` show its own."""
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return function(*args, **(kwargs or {}))
 
 
 def hidden_of(h: int, **options: Any) -> fastdiv.LinearLogits:
@@ -78,7 +89,7 @@ ERRORS: list[tuple[Callable[[], Any], type[Exception], str]] = [
     (lambda: fastdiv.log_prob(X, Y, ignore_index=None), TypeError, r"log_prob: ignore_index must be an integer, got NoneType None"),
     (lambda: fastdiv.log_prob(X, Y, workspace=-1), ValueError, r"log_prob: workspace must be a number of bytes, 0 for as few as possible, got int -1"),
     (lambda: fastdiv.log_prob(X, Y, workspace=1.5), TypeError, r"workspace must be a number of bytes, 0 for as few as possible, got float 1.5"),
-    (lambda: fastdiv.log_prob(X, Y, backend="gpu"), ValueError, r"backend: expected one of native, cuda, triton, reference, got 'gpu'"),
+    (lambda: fastdiv.log_prob(X, Y, backend="gpu"), ValueError, r"^log_prob: unknown backend 'gpu'; known are native, cuda, triton, reference"),
     (lambda: fastdiv.token_stats(X, Y, outputs=("logprob",)), ValueError, r"token_stats: unknown output 'logprob', did you mean 'log_prob'( or 'max_log_prob')?\?; known are log_prob, entropy"),
     (lambda: fastdiv.token_stats(X, Y, outputs=("enthropy",)), ValueError, r"token_stats: unknown output 'enthropy', did you mean 'entropy' or 'varentropy'\?"),
     (lambda: fastdiv.token_stats(X, Y, outputs=()), TypeError, r"token_stats: outputs must be a tuple of names, got tuple \(\)"),
@@ -101,6 +112,35 @@ def test_errors_say_what_is_wrong(number: int) -> None:
         call()
 
 
+UNKNOWN: list[tuple[str, Callable[[], Any], str]] = [
+    ("token_stats: unknown output 'enthropy'", lambda: fastdiv.token_stats(X, Y, outputs=("enthropy",)), "'entropy'"),
+    ("divergence: unknown divergence 'foward_kl'", lambda: fastdiv.divergence(X, X, "foward_kl"), "'forward_kl'"),
+    ("entropy: unknown backend 'nativ'", lambda: fastdiv.entropy(X, backend="nativ"), "'native'"),
+    ("linear_loss: unknown backend 'cudda'", lambda: fastdiv.linear_loss(HEAD, Y, lambda s, r: s.log_prob, backend="cudda"), "'cuda'"),
+    ("value_and_gradient: unknown backend 'tritn'", lambda: fastdiv.value_and_gradient(X, Y, {"log_prob": 1.0}, backend="tritn"), "'triton'"),
+    ("masked_covariance: unknown backend 'refrence'", lambda: fastdiv.masked_covariance(X, X, backend="refrence"), "'reference'"),
+    ("top_k: unknown backend 'Triton'", lambda: fastdiv.select.top_k(X, k=1, backend="Triton"), "'triton'"),
+    ("random_subset: unknown backend 'nativ'", lambda: fastdiv.select.random_subset(X > 0, k=1, seed=0, step=0, backend="nativ"), "'native'"),
+    ("sampled_kl: unknown estimator 'k-3'", lambda: fastdiv.objectives.sampled_kl(X, X, estimator="k-3"), "'k3'"),
+    ("sampled_kl: unknown gradient 'forward-kl'", lambda: fastdiv.objectives.sampled_kl(X, X, gradient="forward-kl"), "'forward_kl'"),
+    ("aggregate: unknown mode 'token-mean'", lambda: fastdiv.objectives.sampled_kl(X, X, aggregation="token-mean"), "'token_mean'"),
+    ("normalizer: unknown mode 'tokenmean'", lambda: fastdiv.objectives.aggregate.normalizer(X > 0, "tokenmean"), "'token_mean'"),
+    ("SparseMask: unknown mode 'comon'", lambda: fastdiv.objectives.SparseMask(4, 1, mode="comon"), "'common'"),
+    ("loss.objective: unknown objective 'kl-covv'", lambda: WindowLoss(LossConfig(objective="kl-covv"), seed=0), "'kl_cov'"),
+    ("loss.options: unknown option of kl_cov 'rati'", lambda: WindowLoss(LossConfig(options={"rati": 1}), seed=0), "'ratio'"),
+    ("loss.advantage: unknown advantage 'dr-grpo'", lambda: LossConfig(advantage="dr-grpo"), "'dr_grpo'"),
+    ("dtype: unknown dtype 'float_32'", lambda: TrainConfig(dtype="float_32"), "'float32'"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("begins", "call", "near"), UNKNOWN, ids=[case[0] for case in UNKNOWN])
+def test_an_unknown_name_is_answered_by_the_nearest(begins: str, call: Callable[[], Any], near: str) -> None:
+    with pytest.raises(ValueError) as caught:
+        call()
+    said = str(caught.value)
+    assert said.startswith(f"{begins}, did you mean {near}") and "?; known are " in said, said
+
+
 def test_other_devices_are_named() -> None:
     meta = torch.zeros(3, 10, device="meta")
     for call, pattern in (
@@ -113,3 +153,29 @@ def test_other_devices_are_named() -> None:
     ):
         with pytest.raises(ValueError, match=pattern):
             call()
+
+
+def _linear_loss(labels: torch.Tensor, temperature: torch.Tensor) -> torch.Tensor:
+    return fastdiv.linear_loss(HEAD, labels, lambda stats, rows: -stats.log_prob, temperature=temperature)
+
+
+def _value_and_gradient(labels: torch.Tensor, temperature: torch.Tensor) -> object:
+    return fastdiv.value_and_gradient(X, labels, {"log_prob": 1.0}, temperature=temperature)
+
+
+def _token_stats(labels: torch.Tensor, temperature: torch.Tensor) -> object:
+    return dict(fastdiv.token_stats(X, labels, temperature=temperature))
+
+
+@pytest.mark.parametrize("how", ["eager", "watched", "compiled"])
+@pytest.mark.parametrize("call", [_token_stats, _linear_loss, _value_and_gradient], ids=lambda call: call.__name__[1:])
+def test_errors_about_values_name_the_operator(call: Callable[..., object], how: str) -> None:
+    """Values are seen in the engine, which does not know who called; a compiled graph runs without the operator."""
+    name = "fastdiv" if how == "compiled" else call.__name__[1:]
+    run = torch.compile(call, backend="eager", fullgraph=True) if how == "compiled" else call
+    # torch leaves no_grad() on where a compiled graph raises inside it.
+    with torch.enable_grad(), _Watching() if how == "watched" else nullcontext():
+        with pytest.raises(IndexError, match=rf"^{name}: labels: expected values in \[0, 10\) or ignore_index -100"):
+            run(Y + 10, torch.ones(3))
+        with pytest.raises(ValueError, match=rf"^{name}: temperature: expected numbers above 0, got 0.0"):
+            run(Y, torch.zeros(3))

@@ -21,7 +21,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastdiv import statistics
+from fastdiv import accept, statistics
 from fastdiv.request import Request
 from fastdiv.statistics import Prepared, Sums, Tokens
 from fastdiv.tiles import Projection, Rows, Terms, Tile
@@ -141,9 +141,7 @@ def _import(name: str) -> Backend | str:
 
 def get(name: str) -> Backend:
     """The backend called `name`.  Raises ValueError for an unknown name, RuntimeError for an absent backend."""
-    if name not in NAMES:
-        raise ValueError(f"backend: expected one of {', '.join(NAMES)}, got {name!r}")
-    backend = _load(name)
+    backend = _load(accept.name("fastdiv", "backend", name, NAMES))
     if isinstance(backend, str):
         raise RuntimeError(f"backend {name!r} is absent: {backend}")
     return backend
@@ -162,13 +160,14 @@ def select(dtypes: list[torch.dtype], device: torch.device, name: str | None) ->
     """The name of the backend for inputs of these dtypes and device.
 
     An explicit `name` or FASTDIV_BACKEND is obeyed or refused with an error; else the first of `NAMES` that is
-    present and takes the inputs.  FASTDIV_LOG=1 says why the others were passed over.
+    present and takes the inputs.  FASTDIV_LOG=1 says why the others were passed over.  `checks.named` gives errors
+    the operator's name.
     """
     asked = name or os.environ.get("FASTDIV_BACKEND")
     if asked:
         reason = _refusal(get(asked), dtypes, device)
         if reason:
-            raise ValueError(f"backend {asked!r} was asked for but {reason}")
+            raise ValueError(f"fastdiv: backend {asked!r} was asked for but {reason}")
         return asked
     for candidate in NAMES:
         backend = _load(candidate)

@@ -109,8 +109,9 @@ class _Growing:
         return _sum(torch.where(self.top, 0.0, p)) + (_sum(self.top) - self.raised.double())
 
 
-def _fade(x: Tensor, factor: Tensor) -> Tensor:
-    return torch.where(factor == 0.0, 0.0, x * factor)
+def _fade(x: Tensor, factor: Tensor, least: float) -> Tensor:
+    """x * factor; below `least` the factor removes even an infinite x, as in csrc/row_state.h."""
+    return torch.where(factor < least, 0.0, x * factor)
 
 
 def _balance(total_p: Tensor, total_q: Tensor, work: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -120,11 +121,11 @@ def _balance(total_p: Tensor, total_q: Tensor, work: torch.dtype) -> tuple[Tenso
     return k, torch.log(k)
 
 
-def _shift_kl(kl: Tensor, a: Tensor, b: Tensor, sum_p: Tensor, sum_q: Tensor) -> Tensor:
+def _shift_kl(kl: Tensor, a: Tensor, b: Tensor, sum_p: Tensor, sum_q: Tensor, least: float) -> Tensor:
     """sum q phi(d) after the log-offsets of p and q moved by a and b."""
     s, fade_b = b - a, torch.exp(-b)
     growth = torch.where(s.abs() < 1.0, fade_b * torch.expm1(s), torch.exp(-a) - fade_b)
-    moved = _fade(kl, fade_b) + growth * sum_p - _fade(s * sum_q, fade_b)
+    moved = _fade(kl, fade_b, least) + growth * sum_p - _fade(s * sum_q, fade_b, least)
     return torch.where((a == 0.0) & (b == 0.0), kl, moved)
 
 
@@ -211,13 +212,14 @@ class Reference(Backend):
                     b, p, q = taught.shift, grown.p * k.to(x.dtype)[:, None], taught.p
                     d = _log_ratio(x, y, grown.maximum, taught.maximum, -log_k, it)
                     none, still = torch.zeros((), dtype=x.dtype, device=x.device), torch.zeros_like(it)
-                    forward = _shift_kl(s["forward"], a, b, total, taught.old_total)
-                    reverse = _shift_kl(s["reverse"], b, a, taught.old_total, total)
+                    least = torch.finfo(x.dtype).tiny
+                    forward = _shift_kl(s["forward"], a, b, total, taught.old_total, least)
+                    reverse = _shift_kl(s["reverse"], b, a, taught.old_total, total, least)
                     own_p, own_q = k * grown.own, taught.own
                     own = _sum(DIVERGENCES["forward_kl"].value(d, p, q, none))
-                    s["forward"] = forward + _shift_kl(own, log_k, still, own_p, own_q)
+                    s["forward"] = forward + _shift_kl(own, log_k, still, own_p, own_q, least)
                     own = _sum(DIVERGENCES["reverse_kl"].value(d, p, q, none))
-                    s["reverse"] = reverse + _shift_kl(own, still, log_k, own_q, own_p)
+                    s["reverse"] = reverse + _shift_kl(own, still, log_k, own_q, own_p, least)
             state[part] = torch.stack([s[name] for name in STATE], 1)
             self._labels(tile, part, x, label_logits)
 

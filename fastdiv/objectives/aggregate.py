@@ -83,8 +83,9 @@ def reduce(
     """
     valid = check_tokens("aggregate", mask, {"values": values})
     values = torch.where(valid, values, 0)
+    accept.name("aggregate", "mode", mode, (*MODES, "none"))
     if mode != "none":
-        _check_mode(mode, valid)
+        _check_mode("aggregate", mode, valid)
     if (length is not None) != (mode == "seq_mean_token_sum_norm"):
         raise ValueError(
             f"aggregate: length goes with seq_mean_token_sum_norm only, got mode={mode!r}, length={length}"
@@ -122,15 +123,14 @@ def normalizer(mask: Tensor, mode: str = "token_mean", *, process_group: Process
         int64 [].
     """
     mask = accept.mask("normalizer", "mask", mask)
-    _check_mode(mode, mask)
+    _check_mode("normalizer", mode, mask)
     return all_reduce_sum(_count(mask, mode), process_group)
 
 
-def _check_mode(mode: str, valid: Tensor) -> None:
-    if mode not in MODES:
-        raise ValueError(f"aggregate: mode must be one of {', '.join(MODES)} or none, got {mode!r}")
+def _check_mode(operator: str, mode: str, valid: Tensor) -> None:
+    accept.name(operator, "mode", mode, MODES)
     if mode != "token_mean" and valid.dim() != 2:
-        raise ValueError(f"aggregate: {mode} needs [sequences, T], got {list(valid.shape)}")
+        raise ValueError(f"{operator}: {mode} needs [sequences, T], got {list(valid.shape)}")
 
 
 def _count(valid: Tensor, mode: str) -> Tensor:

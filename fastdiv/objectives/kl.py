@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fastdiv import accept
 from fastdiv.objectives import aggregate
 from fastdiv.objectives._ratio import LOG_RATIO_BOUND, finite_exp, rounded, wide
 from fastdiv.objectives._registry import objective
@@ -75,8 +76,7 @@ def sampled_kl(
         tensors["old_log_prob"] = old_log_prob
     valid = check_tokens("sampled_kl", mask, tensors)
     for name, choice, choices in (("estimator", estimator, ESTIMATORS), ("gradient", gradient, GRADIENTS)):
-        if choice not in choices:
-            raise ValueError(f"sampled_kl: {name} must be one of {', '.join(choices)}, got {choice!r}")
+        accept.name("sampled_kl", name, choice, choices)
     if clamp not in (None, "verl"):
         raise ValueError(f"sampled_kl: clamp must be 'verl' or None, got {clamp!r}")
 

@@ -84,8 +84,7 @@ class SparseMask(torch.nn.Module):
 
     def __init__(self, hidden_size: int, layers: int, *, mode: str = "common", dropout: float = 0.0) -> None:
         super().__init__()
-        if mode not in ("common", "independent"):
-            raise ValueError(f"SparseMask: mode must be common or independent, got {mode!r}")
+        accept.name("SparseMask", "mode", mode, ("common", "independent"))
         for name, size in (("hidden_size", hidden_size), ("layers", layers)):
             if size < 1:
                 raise ValueError(f"SparseMask: {name} must be at least 1, got {size}")

@@ -52,6 +52,8 @@ def prepare(
     other = None if teacher is None else checks.teacher(operator, own, teacher, one)
     names = checks.outputs(operator, outputs, labels is not None, other is not None)
     sides = [own] if other is None else [own, other]
+    with checks.named(operator):
+        chosen = backends.select([tensor.dtype for side in sides for tensor in side.tensors], own.device, backend)
     request = Request.of(
         names,
         Transform(float(own.scale), float(own.softcap or 0.0)),
@@ -59,7 +61,7 @@ def prepare(
         number,
         checks.parameters(operator, names, parameters),
         checks.ignore_index(operator, ignore_index),
-        backends.select([tensor.dtype for side in sides for tensor in side.tensors], own.device, backend),
+        chosen,
         checks.workspace(operator, own.device, workspace, operator == "linear_loss" or looks_twice(names)),
         _products(sides),
     )

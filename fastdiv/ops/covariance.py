@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
-from fastdiv import accept, backends, plain
+from fastdiv import accept, backends, checks, plain
 from fastdiv.accept import describe
 
 if TYPE_CHECKING:
@@ -72,7 +72,7 @@ def masked_covariance(
     """
     mask = check_alike("masked_covariance", mask, {"x": x, "y": y}, precise=False)
     dtype = torch.float64 if torch.float64 in (x.dtype, y.dtype) else torch.float32
-    if kernels := token_kernels(x.device, backend):
+    if kernels := token_kernels("masked_covariance", x.device, backend):
         plain.check("masked_covariance", {"x": x, "y": y, "mask": mask})
         return MaskedCovariance(*kernels.covariance(x, y, mask, dtype, process_group))
     valid = everyone(x) if mask is None else mask
@@ -90,7 +90,7 @@ def masked_covariance(
     )
 
 
-def token_kernels(device: torch.device, backend: str | None) -> backends.TokenKernels | None:
+def token_kernels(operator: str, device: torch.device, backend: str | None) -> backends.TokenKernels | None:
     """The kernels that serve tokens on `device`; None: plain torch, which is what backends without any mean by them.
 
     Raises ValueError, RuntimeError: as `fastdiv.backends.select`.
@@ -98,7 +98,8 @@ def token_kernels(device: torch.device, backend: str | None) -> backends.TokenKe
     asked = backend or os.environ.get("FASTDIV_BACKEND")
     if not asked and (device.type == "cpu" or torch.compiler.is_compiling()):
         return None
-    return backends.get(backends.select([torch.float32], device, asked)).token_kernels()
+    with checks.named(operator):
+        return backends.get(backends.select([torch.float32], device, asked)).token_kernels()
 
 
 def everyone(like: Tensor) -> Tensor:

@@ -8,13 +8,12 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from fastdiv import plain
+from fastdiv import checks, plain
 from fastdiv.autograd import LinearLoss
-from fastdiv.checks import describe
 from fastdiv.engine import check_token_loss
 from fastdiv.ops.call import Call, prepare
 from fastdiv.ops.stats import TokenStats, outputs_of
-from fastdiv.sources import LinearLogits, Source, work_dtype
+from fastdiv.sources import LinearLogits, LogProbabilities, Source, work_dtype
 
 
 def linear_loss(
@@ -22,7 +21,7 @@ def linear_loss(
     labels: Tensor | None,
     token_loss: Callable[[TokenStats, Tensor], Tensor],
     *,
-    teacher: Tensor | Source | None = None,
+    teacher: Tensor | Source | LogProbabilities | None = None,
     outputs: tuple[str, ...] = ("log_prob",),
     beta: float | None = None,
     temperature: float | Tensor = 1.0,
@@ -35,14 +34,13 @@ def linear_loss(
 
     Each chunk of full rows is projected once; its statistics go through `token_loss`, whose derivative gives the row
     gradients on the spot.  Three matrix products (four with a projected teacher) where the unfused backward needs
-    four (six). Scaling is by linearity: divide by your own normaliser inside `token_loss` or outside.
+    four (six).  Scaling is by linearity: divide by your own normaliser inside `token_loss` or outside.
 
     Arguments:
         head: the student, `LinearLogits`.
         labels: [*] or [*, K]; None if no output needs them.
-        token_loss: called once per chunk with the chunk's `TokenStats` ([rows] or [rows, K] each) and `rows`, the
-        int64 flat
-            token numbers of its rows, with which it indexes per-token tensors of its own.  Returns [rows],
+        token_loss: called once per chunk with the chunk's `TokenStats` ([rows] or [rows, K] each) and `rows`, the flat
+            token numbers of its rows (int64), with which it indexes per-token tensors of its own.  Returns [rows],
             differentiable in the statistics.  Tensors it closes over get no gradient.
         teacher, outputs, beta, temperature, mask, ignore_index, backend, workspace: as in `token_stats`.
 
@@ -64,9 +62,9 @@ def linear_loss(
     tensor(6.2383, grad_fn=<LinearLossBackward>)
     """
     if not isinstance(head, LinearLogits):
-        raise TypeError(f"linear_loss: head must be LinearLogits, got {describe(head)}")
+        raise TypeError(f"linear_loss: head must be LinearLogits, got {checks.describe(head)}")
     if not callable(token_loss):
-        raise TypeError(f"linear_loss: token_loss must be callable, got {describe(token_loss)}")
+        raise TypeError(f"linear_loss: token_loss must be callable, got {checks.describe(token_loss)}")
     call = prepare(
         "linear_loss",
         head,
@@ -82,16 +80,18 @@ def linear_loss(
     )
 
     if plain.transformed() or plain.watched(*call.tensors, call.labels, call.mask, call.temperature):
-        return _in_one_piece(call, token_loss)
+        with checks.named("linear_loss"):
+            return _in_one_piece(call, token_loss)
 
     def loss(stats: dict[str, Tensor], rows: Tensor) -> Tensor:
         return token_loss(TokenStats(stats), rows)
 
     # A function is told to form gradients also where no graph is recorded.
     tensors = call.tensors if torch.is_grad_enabled() else [t.detach() for t in call.tensors]
-    result: Tensor = LinearLoss.apply(  # type: ignore[no-untyped-call]
-        call.request, loss, call.students, call.labels, call.mask, call.temperature, *tensors
-    )
+    with checks.named("linear_loss"):
+        result: Tensor = LinearLoss.apply(  # type: ignore[no-untyped-call]
+            call.request, loss, call.students, call.labels, call.mask, call.temperature, *tensors
+        )
     return result
 
 

@@ -31,10 +31,8 @@ torch.serialization.add_safe_globals([TokenStats])
 def run(operator: str, student: Tensor | Source, labels: Tensor | None, **options: object) -> TokenStats:
     """The one way from a public operator to the kernels."""
     call = prepare(operator, student, labels, **options)  # type: ignore[arg-type]
-    try:
+    with checks.named(operator):
         outputs = outputs_of(call)
-    except (IndexError, ValueError) as error:
-        raise checks.named(operator, error) from None
     return TokenStats(zip(call.request.outputs, outputs, strict=True))
 
 
@@ -113,8 +111,8 @@ def token_stats(
     A size of 1 in labels, mask, temperature or teacher stands for any: what is shared is not copied.
 
     A -inf logit has probability 0, contributes 0 and receives gradient 0.  A row of -inf, or one with NaN or +inf,
-    gives NaN (logsumexp of all -inf: -inf) in that row alone.  A probability below the smallest normal float32 counts
-    as 0.
+    gives NaN in that row alone (logsumexp and mean_logit of all -inf: -inf; mean_logit with +inf: +inf).  A probability
+    below the smallest normal float32 counts as 0.
 
     Memory beyond inputs, outputs and gradients: O(tokens), and for `LinearLogits` the workspace, O(tokens H) and, where
     slices of the vocabulary are visited more than once, a weight gradient in float32.

@@ -8,10 +8,10 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from fastdiv import checks, library, plain
+from fastdiv import accept, checks, library, plain
 from fastdiv.ops.call import Call, prepare
 from fastdiv.ops.stats import TokenStats
-from fastdiv.sources import LinearLogits, Source, work_dtype
+from fastdiv.sources import LinearLogits, LogProbabilities, Source, work_dtype
 from fastdiv.statistics import differentiable, per_label
 
 
@@ -21,7 +21,7 @@ def value_and_gradient(
     labels: Tensor | None,
     weights: Mapping[str, Tensor | float],
     *,
-    teacher: Tensor | Source | None = None,
+    teacher: Tensor | Source | LogProbabilities | None = None,
     beta: float | None = None,
     temperature: float | Tensor = 1.0,
     mask: Tensor | None = None,
@@ -91,16 +91,17 @@ def value_and_gradient(
         read |= {"teacher": call.tensors[1]} if len(call.tensors) == 2 else {}
         read |= {f"weights of {name!r}": value for name, value in given.items()}
         _check_apart(operator, tensor, read)
-    outputs, gradient = library.value_and_gradient(
-        call.request,
-        overwrite,
-        tensor,
-        call.tensors[1:],
-        list(given.values()),
-        call.labels,
-        call.mask,
-        call.temperature,
-    )
+    with checks.named(operator):
+        outputs, gradient = library.value_and_gradient(
+            call.request,
+            overwrite,
+            tensor,
+            call.tensors[1:],
+            list(given.values()),
+            call.labels,
+            call.mask,
+            call.temperature,
+        )
     return TokenStats(zip(call.request.outputs, outputs, strict=True)), gradient
 
 
@@ -111,16 +112,15 @@ def _weights(operator: str, name: str, value: object, call: Call) -> Tensor:
     device, lead = call.tensors[0].device, call.tensors[0].shape[:-1]
     shape = call.labels.shape if per_label(name) and call.labels is not None else lead
     flat = (math.prod(lead), *shape[len(lead) :])
-    if isinstance(value, (int, float)) and not isinstance(value, bool):
-        return call.tensors[0].new_full(flat, float(value), dtype=work_dtype(*(t.dtype for t in call.tensors)))
-    if not isinstance(value, Tensor) or not value.is_floating_point():
-        raise TypeError(
-            f"{operator}: weights of {name!r} must be a number or a floating tensor, got {checks.describe(value)}"
-        )
+    argument, expected = f"weights of {name!r}", "a number or a floating tensor"
+    if not isinstance(value, Tensor):
+        number = accept.number(operator, argument, value, expected)
+        return call.tensors[0].new_full(flat, number, dtype=work_dtype(*(t.dtype for t in call.tensors)))
+    if not value.is_floating_point():
+        raise TypeError(f"{operator}: {argument} must be {expected}, got {accept.describe(value)}")
     if value.shape != shape or value.device != device:
         raise ValueError(
-            f"{operator}: weights of {name!r} must be {list(shape)} on {device}, got {checks.describe(value)} "
-            f"on {value.device}"
+            f"{operator}: {argument} must be {list(shape)} on {device}, got {checks.describe(value)} on {value.device}"
         )
     return value.reshape(flat)
 

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
+
+from fastdiv import accept
 
 
 class UserError(ValueError):
@@ -16,6 +19,11 @@ def check(condition: bool, name: str, expectation: str, came: object) -> None:
     """Raises :class:`UserError` unless ``condition`` holds: the option, what it must be, what came."""
     if not condition:
         raise UserError(f"{name} must be {expectation}, got {came!r}")
+
+
+def check_name(option: str, kind: str, name: str, known: Iterable[str]) -> None:
+    """Raises :class:`UserError` unless a name is known: the option, names that are close, those that are known."""
+    accept.name(option, kind, name, known, error=UserError)
 
 
 def _check_text(name: str, text: str | None) -> None:
@@ -109,7 +117,7 @@ class LossConfig:
     reference: bool = True
 
     def __post_init__(self) -> None:
-        check(self.advantage in ("grpo", "dr_grpo"), "loss.advantage", "'grpo' or 'dr_grpo'", self.advantage)
+        check_name("loss.advantage", "advantage", self.advantage, ("grpo", "dr_grpo"))
         check(
             math.isfinite(self.kl_coef) and self.kl_coef >= 0,
             "loss.kl_coef",
@@ -198,12 +206,7 @@ class TrainConfig:
         check(bool(self.output), "output", "a directory", self.output)
         check(self.steps > 0, "steps", "positive", self.steps)
         check(0 <= self.seed < 2**31, "seed", "in [0, 2**31)", self.seed)
-        check(
-            self.dtype in ("float32", "bfloat16", "float64"),
-            "dtype",
-            "float32, bfloat16 or float64",
-            self.dtype,
-        )
+        check_name("dtype", "dtype", self.dtype, ("float32", "bfloat16", "float64"))
         check(self.checkpoint_every >= 0, "checkpoint_every", "not negative", self.checkpoint_every)
         check(self.keep > 0, "keep", "positive", self.keep)
         whole = self.rollout.prompts % self.optimizer.updates == 0

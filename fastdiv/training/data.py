@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import difflib
 import random
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from fastdiv import accept
 from fastdiv.training.config import DataConfig, UserError
 from fastdiv.training.files import SUFFIXES, FileTask
 from fastdiv.training.problems import Problem, Task
@@ -19,9 +19,8 @@ class ReasoningGymTask:
     def __init__(self, name: str, *, seed: int, size: int, options: Mapping[str, Any]) -> None:
         registry = _registry()
         if name not in registry:
-            close = difflib.get_close_matches(name, registry, n=3, cutoff=0.5)
-            hint = f"did you mean {' or '.join(close)}? " if close else ""
-            raise UserError(f"data.task: no task {name!r}; {hint}list all {len(registry)} with: fastdiv info --tasks")
+            close = accept.suggestion(name, registry)
+            raise UserError(f"data.task: unknown task {name!r}{close}; fastdiv info --tasks lists all {len(registry)}")
         from reasoning_gym.factory import create_dataset
 
         try:

@@ -8,7 +8,6 @@ each micro-batch has to send backward is a plain weighted sum of its own statist
 
 from __future__ import annotations
 
-import difflib
 import inspect
 from collections.abc import Mapping
 from typing import Any
@@ -17,7 +16,7 @@ import torch
 from torch import Tensor
 
 from fastdiv import objectives
-from fastdiv.training.config import LossConfig, UserError
+from fastdiv.training.config import LossConfig, UserError, check_name
 
 _GIVEN_BY_THE_TRAINER = ("selected", "seed", "step", "index", "normalizer")
 _PAPER = {
@@ -36,10 +35,7 @@ class WindowLoss:
 
     def __init__(self, config: LossConfig, *, seed: int) -> None:
         entries = {entry.name: entry for entry in objectives.list() if entry.family == "policy"}
-        if config.objective not in entries:
-            close = difflib.get_close_matches(config.objective, entries, n=3, cutoff=0.4)
-            hint = f"did you mean {' or '.join(close)}? " if close else ""
-            raise UserError(f"loss.objective: no {config.objective!r}; {hint}known: {', '.join(sorted(entries))}")
+        check_name("loss.objective", "objective", config.objective, sorted(entries))
         self._function = entries[config.objective].function
         self._config, self._seed = config, seed
         preset = _PAPER.get(config.objective)
@@ -47,8 +43,7 @@ class WindowLoss:
         parameters = inspect.signature(self._function).parameters
         allowed = [n for n, p in parameters.items() if p.kind is p.KEYWORD_ONLY and n not in _GIVEN_BY_THE_TRAINER]
         for name in config.options:
-            if name not in allowed:
-                raise UserError(f"loss.options: {config.objective} has no {name!r}; it takes {', '.join(allowed)}")
+            check_name("loss.options", f"option of {config.objective}", name, allowed)
         self._options: dict[str, Any] = defaults | config.options
         self._seeded = "seed" in parameters
         try:  # the objective checks its own ranges; let it do so before a model is loaded

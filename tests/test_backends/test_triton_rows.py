@@ -21,7 +21,9 @@ if fastdiv.info()["backends"]["triton"] is not None:  # type: ignore[index]
 if torch.cuda.is_available():
     pytest.skip("these call kernels on CPU tensors", allow_module_level=True)
 
-from fastdiv.backends.triton import launch, rows
+from triton.runtime import interpreter
+
+from fastdiv.backends.triton import aot, launch, rows
 
 V = 300  # two blocks of 256
 
@@ -48,6 +50,36 @@ def test_a_narrow_gradient_may_lie_in_the_first_half_of_its_row(dtype: torch.dty
     launch.gradient(tile, framed(5), target, None)
     error = (buffer.view(dtype)[:, :V].float() - want.float()).abs()
     assert (error <= 2.0 * torch.finfo(dtype).eps * want.float()).all()
+
+
+@pytest.mark.parametrize(
+    ("logits", "student", "teacher", "waits"),
+    [
+        (torch.float32, torch.bfloat16, None, True),
+        (torch.float32, torch.float16, torch.float32, True),
+        (torch.float32, None, torch.bfloat16, True),
+        (torch.float32, torch.float32, torch.float16, True),
+        (torch.float32, torch.float32, torch.float32, False),
+        (torch.bfloat16, torch.bfloat16, torch.bfloat16, False),
+        (torch.bfloat16, torch.float32, None, False),
+    ],
+)
+def test_a_narrow_gradient_is_written_when_all_threads_have_read(
+    monkeypatch: pytest.MonkeyPatch,
+    logits: torch.dtype,
+    student: torch.dtype | None,
+    teacher: torch.dtype | None,
+    waits: bool,
+) -> None:
+    """The interpreter has one thread, so a barrier that is missing changes no number; it is counted instead."""
+    barriers: list[object] = []
+    monkeypatch.setattr(interpreter.InterpreterBuilder, "create_barrier", lambda self: barriers.append(self))
+    side = Rows(random(1, V).to(logits), None, Transform())
+    tokens = Tokens(torch.ones(1), torch.zeros(1, 0, dtype=torch.int64), -100, None, V)
+    tile = Tile(side, side if teacher else None, 0, V, tokens)
+    targets = [None if d is None else Rows(torch.empty(1, V, dtype=d), None, Transform()) for d in (student, teacher)]
+    launch.gradient(tile, framed(1), *targets)
+    assert bool(barriers) == waits
 
 
 def test_masked_rows_are_neither_read_nor_change_others() -> None:
@@ -126,6 +158,35 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     command = [sys.executable, "-m", "fastdiv.cli", *arguments]
     return subprocess.run(command, capture_output=True, text=True, env=environment)
+
+
+AMD = """
+	.set gradient.num_vgpr, 61
+	.set gradient.private_seg_size, 0
+amdhsa.kernels:
+  - .agpr_count:     7
+    .args:
+      - .offset:         0
+        .size:           8
+    .group_segment_fixed_size: 1024
+    .kernarg_segment_size: 192
+    .name:           gradient
+    .private_segment_fixed_size: {stack}
+    .sgpr_count:     44
+    .sgpr_spill_count: {scalar}
+    .symbol:         gradient.kd
+    .vgpr_count:     61
+    .vgpr_spill_count: {vector}
+    .wavefront_size: 64
+"""
+
+
+@pytest.mark.parametrize(("stack", "scalar", "vector", "ok"), [(0, 0, 0, True), (0, 18, 0, False), (76, 0, 19, False)])
+def test_spills_are_read_from_amd_assembly(stack: int, scalar: int, vector: int, ok: bool) -> None:
+    """Scalar registers spill to lanes of a vector register, which the stack does not show."""
+    found = aot.amd_counts(AMD.format(stack=stack, scalar=scalar, vector=vector))
+    assert found == (61, stack, scalar + vector)
+    assert aot.Report(*found, shared=0, seconds=0.0, narrow=()).ok == ok
 
 
 def test_check_refuses_unknown_targets() -> None:

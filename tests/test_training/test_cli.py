@@ -23,16 +23,20 @@ def refusal(capsys, *arguments):
     [
         (
             ["--data.task", "chain_sums"],
-            ["no task 'chain_sums'", "did you mean chain_sum", "fastdiv info --tasks"],
+            ["unknown task 'chain_sums'", "did you mean 'chain_sum'", "fastdiv info --tasks"],
         ),
-        (["--loss.objective", "klcov"], ["no 'klcov'", "did you mean kl_cov"]),
-        (["--loss.options", '{"rati": 0.1}'], ["kl_cov has no 'rati'", "ratio"]),
+        (["--loss.objective", "klcov"], ["unknown objective 'klcov'", "did you mean 'kl_cov'"]),
+        (["--loss.options", '{"rati": 0.1}'], ["unknown option of kl_cov 'rati'", "did you mean 'ratio'"]),
         (["--loss.options", '{"ratio": 7}'], ["ratio", "7"]),
         (["--model", "/nowhere/model"], ["'/nowhere/model' cannot be loaded"]),
         (["--steps", "many"], ["steps", "many", "fastdiv train --help"]),
         (["--steps", "0"], ["steps must be positive, got 0"]),
         (["--device", "gpu9"], ["torch knows no 'gpu9'"]),
-        (["--modle", "tiny"], ["--modle"]),
+        (["--modle", "tiny"], ["--modle", "did you mean 'model'?"]),
+        (["--loss.objektive", "kl_cov"], ["--loss.objektive", "did you mean 'loss.objective'"]),
+        (["--backend", "refrence"], ["unknown backend 'refrence', did you mean 'reference'?"]),
+        (["--dtype", "bfloat_16"], ["dtype: unknown dtype 'bfloat_16', did you mean 'bfloat16'"]),
+        (["--loss.advantage", "dr-grpo"], ["loss.advantage: unknown advantage 'dr-grpo', did you mean 'dr_grpo'"]),
         (["--config", "no-such.yaml"], ["no-such.yaml"]),
     ],
 )
@@ -48,8 +52,8 @@ def test_a_bad_flag_is_one_line(capsys, monkeypatch, tmp_path, arguments, words)
 @pytest.mark.parametrize(
     ("text", "word"),
     [
-        ("modle: tiny", "modle"),
-        ("optimizer: {lrr: 1}", "lrr"),
+        ("modle: tiny", "'modle' is not accepted, did you mean 'model'?"),
+        ("optimizer: {lrr: 1}", "option 'lrr', did you mean 'optimizer.lr'"),
         ("steps: [1", "config"),
         ("steps: x", "steps"),
     ],

@@ -31,8 +31,8 @@ def test_the_seed_decides_the_problems():
 @pytest.mark.parametrize(
     ("config", "words"),
     [
-        (DataConfig(task="chain_sums"), "no task 'chain_sums'; did you mean chain_sum.*fastdiv info --tasks"),
-        (DataConfig(task="zzzzzz"), "no task 'zzzzzz'; list all 1"),
+        (DataConfig(task="chain_sums"), "unknown task 'chain_sums', did you mean 'chain_sum'.*fastdiv info --tasks"),
+        (DataConfig(task="zzzzzz"), "unknown task 'zzzzzz'; fastdiv info --tasks lists all 1"),
         (DataConfig(task="chain_sum", options={"digits": 3}), "data.options of task 'chain_sum': .*digits"),
         (
             DataConfig(task="chain_sum", options={"min_terms": 0}),

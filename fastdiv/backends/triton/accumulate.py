@@ -29,8 +29,8 @@ from fastdiv.backends.triton.rows import (
 
 @function
 def faded(x, factor):
-    """x * factor, where a vanished factor removes even an infinite x."""
-    return tl.where(factor == 0.0, 0.0, x * factor)
+    """x * factor; below the smallest normal float32 the factor removes even an infinite x, as in csrc/row_state.h."""
+    return tl.where(factor < 1.1754943508222875e-38, 0.0, x * factor)
 
 
 @function
