@@ -61,6 +61,26 @@ def test_nan_and_plus_infinity_give_nan_at_every_place(
                 assert torch.equal(torch.zeros_like(want) if g is None else g.isnan(), want), (name, at)
 
 
+@pytest.mark.parametrize("which", ["student", "teacher", "both"])
+@pytest.mark.parametrize("kind", DIVERGENCES)
+def test_a_row_without_probability_against_another(backend: str, kind: str, which: str) -> None:
+    """All -inf: the divergence is NaN, and so is the gradient of every logit that is not -inf itself."""
+    x, y = (torch.randn(3, 40, generator=torch.Generator().manual_seed(seed)) for seed in (0, 1))
+    if which != "teacher":
+        x[1] = -INF
+    if which != "student":
+        y[1] = -INF
+    x.requires_grad_(), y.requires_grad_()
+    got = fastdiv.divergence(x, y, kind, backend=backend)
+    assert got.isnan().tolist() == [False, True, False]
+    for leaf, g in zip((x, y), torch.autograd.grad(got.sum(), (x, y)), strict=True):
+        if leaf[1, 0] == -INF:
+            assert (g[1] == 0).all()
+        else:
+            assert g[1].isnan().all()
+        assert g[[0, 2]].isfinite().all()
+
+
 @pytest.mark.parametrize("peak", [(250, 1030), (1030, 250), (0, 2999), (2999, 0), (7, 9)])
 def test_what_counts_as_zero_is_the_same_in_every_order(backend: str, peak: tuple[int, int]) -> None:
     """A teacher's probability of e^-200 where the student has none adds nothing, though it stands where no logit was

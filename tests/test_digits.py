@@ -151,6 +151,18 @@ def test_kl_gradient_where_both_models_are_sure(backend: str, kind: str, tempera
     assert (gradient.double() - want).abs().max() < 1e-9
 
 
+@pytest.mark.parametrize("temperature", [1.0, 0.7, 1.3])
+@pytest.mark.parametrize("kind", ["forward_kl", "reverse_kl", "jeffreys"])
+def test_kl_gradient_is_0_where_one_id_has_all_the_mass(backend: str, kind: str, temperature: float) -> None:
+    """Whatever the two logits are, near each other or not, and however they round."""
+    top = torch.randn(2, 100, generator=torch.Generator().manual_seed(0)) * 6.0
+    x, y = (torch.full((100, 3), -INF).index_fill(1, torch.tensor(1), 0.0) + t[:, None] for t in top)
+    x.requires_grad_(), y.requires_grad_()
+    got = fastdiv.divergence(x, y, kind, temperature=temperature, backend=backend)
+    assert (got == 0).all()
+    assert all((g == 0).all() for g in torch.autograd.grad(got.sum(), (x, y)))
+
+
 # Sums and slopes
 
 
