@@ -48,7 +48,9 @@ class Rows:
                 return self.offsets(), 0
             stride = step if stride is None else stride
             below *= size
-        return None, stride or 0
+        if stride is None:  # one row has the stride of its batch, by which Triton chooses the order of its sums
+            stride = self.tensor.stride(-2) if self.tensor.dim() > 1 else 0
+        return None, stride
 
     def offsets(self) -> Tensor:
         """[rows] int64: the first element of each row, in elements from the tensor's first: no layout needs a copy."""

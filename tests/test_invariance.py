@@ -11,7 +11,9 @@ from cases import DIVERGENCES, MODEL_OUTPUTS, head
 from torch import Tensor
 
 import fastdiv
+from fastdiv.request import Transform
 from fastdiv.testing import assert_bitwise_equal
+from fastdiv.tiles import Rows
 
 OUTPUTS = (*MODEL_OUTPUTS, "argmax", "is_top1", "rank", *DIVERGENCES)
 
@@ -70,6 +72,14 @@ def test_a_row_alone_is_the_row_in_a_batch(backend: str, dtype: torch.dtype) -> 
     want = everything(x, y, labels, backend)
     for pick in (slice(0, 1), slice(4, 5), slice(8, 9), slice(2, 7)):
         assert_same(everything(x[pick], y[pick], labels[pick], backend), want, pick)
+
+
+@pytest.mark.parametrize("dimensions", [1, 2, 3])
+def test_a_row_alone_has_the_stride_of_its_batch(dimensions: int) -> None:
+    """Triton has one kernel for strides that are multiples of 16 and another one for others."""
+    batch = torch.empty(*(3,) * dimensions, 301)
+    alone = batch[(slice(1, 2),) * dimensions]
+    assert Rows(alone, None, Transform()).place() == Rows(batch, None, Transform()).place() == (None, 301)
 
 
 @DTYPES
