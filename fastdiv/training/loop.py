@@ -148,14 +148,18 @@ class Trainer:
         problems = [self.task.problem(self.sampler[first + i]) for i in range(settings.prompts)]
         prompts = [encode_prompt(self.config.data, p, self.policy.tokenizer) for p in problems]
         check_length(self.policy, zip((p.where for p in problems), prompts, strict=True), settings.max_new_tokens)
-        rollout = sample(
-            self.policy,
-            prompts,
-            group_size=settings.group_size,
-            max_new_tokens=settings.max_new_tokens,
-            temperature=settings.temperature,
-            seed=(self.config.seed << 32) + step,
-        )
+        try:
+            rollout = sample(
+                self.policy,
+                prompts,
+                group_size=settings.group_size,
+                max_new_tokens=settings.max_new_tokens,
+                temperature=settings.temperature,
+                seed=(self.config.seed << 32) + step,
+            )
+        except RuntimeError:  # torch.multinomial, which says that probabilities are NaN
+            check_weights(self.policy)
+            raise
         return problems, rollout
 
     def update(self, rollout: Rollout, rewards: Tensor, meter: Meter) -> dict[str, Any]:
@@ -196,7 +200,13 @@ class Trainer:
             for group in self.optimizer.param_groups:
                 group["lr"] = settings.lr * min(1.0, (update + 1) / max(1, settings.warmup))
             parameters = self.policy.model.parameters()
-            norm = torch.nn.utils.clip_grad_norm_(parameters, settings.max_grad_norm, error_if_nonfinite=True)
+            norm = torch.nn.utils.clip_grad_norm_(parameters, settings.max_grad_norm)
+            if not norm.isfinite():
+                check_weights(self.policy)
+                raise UserError(
+                    f"step {self.step + 1}: the norm of the gradient is {norm.item()}, so the update was not made; "
+                    "optimizer.lr may be too high, or a reward infinite"
+                )
             self.optimizer.step()
             losses.append(loss)
             norms.append(norm.item())

@@ -6,8 +6,9 @@ import pytest
 import torch
 from letters import Letters, tiny
 
-from fastdiv.training.config import LossConfig
+from fastdiv.training.config import LossConfig, UserError
 from fastdiv.training.loop import Trainer
+from fastdiv.training.meter import Meter
 
 
 class Recording(Trainer):
@@ -156,9 +157,21 @@ def test_without_a_reference_nothing_is_invented(tmp_path):
 def test_a_gradient_that_is_not_finite_stops_the_run(tmp_path):
     trainer = Trainer(tiny(tmp_path / "run"), task=Letters())
     rollout = trainer.collect(0)[1]
+    before = [weight.clone() for weight in trainer.policy.model.parameters()]
+    rewards = torch.rand(16, dtype=torch.float64)
+    rewards[0] = float("inf")
+    with pytest.raises(UserError, match="step 1: the norm of the gradient is nan, so the update was not made"):
+        trainer.update(rollout, rewards, Meter(torch.device("cpu")))
+    for weight, old in zip(trainer.policy.model.parameters(), before, strict=True):
+        assert torch.equal(weight, old)
+
+
+def test_weights_that_became_nan_are_named(tmp_path):
+    trainer = Trainer(tiny(tmp_path / "run"), task=Letters())
+    rollout = trainer.collect(0)[1]
     with torch.no_grad():
         trainer.policy.model.get_output_embeddings().weight[3] = float("nan")
-    with pytest.raises(RuntimeError, match="non-finite"):
-        from fastdiv.training.meter import Meter
-
+    with pytest.raises(UserError, match="NaN in its weights"):
+        trainer.collect(1)
+    with pytest.raises(UserError, match="NaN in its weights"):
         trainer.update(rollout, torch.rand(16, dtype=torch.float64), Meter(torch.device("cpu")))
