@@ -58,7 +58,7 @@ def of_this_build(monkeypatch: pytest.MonkeyPatch) -> cuda.Cuda:
 def test_a_gpu_without_code_is_refused_by_name(of_this_build: cuda.Cuda, monkeypatch: pytest.MonkeyPatch) -> None:
     reason = "it was built for sm_90, got sm_80"
     assert of_this_build.refuses(torch.float32, GPU) == reason
-    with pytest.raises(ValueError, match=f"^backend 'cuda' was asked for but {reason}$"):
+    with pytest.raises(ValueError, match=f"^fastdiv: backend 'cuda' was asked for but {reason}$"):
         backends.select([torch.bfloat16], GPU, "cuda")
     assert backends.select([torch.bfloat16], GPU, None) in ("triton", "reference")
 

@@ -368,7 +368,7 @@ def test_float32_stays_float32_and_metrics_are_constants() -> None:
         (
             lambda c, r: SparseMask(4, 2, mode="both"),
             ValueError,
-            "mode must be common or independent, got 'both'",
+            "SparseMask: unknown mode 'both'; known are common, independent",
         ),
         (lambda c, r: SparseMask(4, 0), ValueError, "layers must be at least 1, got 0"),
         (lambda c, r: SparseMask(4, 2, dropout=1.0), ValueError, r"dropout must be in \[0, 1\), got 1.0"),
