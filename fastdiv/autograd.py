@@ -5,11 +5,13 @@ They belong to the operators, so a traced or exported program trains too.
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 from torch._functorch.utils import enable_single_level_autograd_function
+from torch.autograd.function import _SingleLevelFunction
 
 from fastdiv import engine, library, plain
 from fastdiv.request import Request
@@ -45,15 +47,15 @@ def _final(gradients: list[Tensor | None], anchor: Tensor) -> tuple[Tensor | Non
     return tuple(None if g is None else _Final.apply(g, anchor) for g in gradients)  # type: ignore[no-untyped-call]
 
 
-class TokenStatistics(torch.autograd.Function):
+class TokenStatistics(_SingleLevelFunction):
     """(request, number of student tensors, labels, mask, temperature, *tensors) -> one tensor per output, and the
-    state that the backward wants."""
+    state that the backward wants.
 
-    @classmethod
-    def apply(cls, *given: Any) -> Any:
-        """As inherited, without a look for defaults in the signature of `forward`, which takes longer than the work."""
-        plainly: Any = super() if plain.transformed() else super(torch.autograd.Function, cls)
-        return plainly.apply(*given)
+    Not a `Function`, whose `apply` looks for transforms of torch.func and for defaults in the signature of `forward`,
+    which takes longer than a small batch.
+    """
+
+    apply: ClassVar[Callable[..., tuple[Tensor, ...]]]
 
     @staticmethod
     def forward(
@@ -103,6 +105,10 @@ class TokenStatistics(torch.autograd.Function):
         return nothing + _final([next(gradients) if need else None for need in needs], anchor)
 
 
+class TransformedStatistics(TokenStatistics, torch.autograd.Function):
+    """The same where torch.func transforms the call."""
+
+
 def _stats(
     student: list[Tensor],
     teacher: list[Tensor],
@@ -115,10 +121,10 @@ def _stats(
     tensors = [*student, *teacher]
     with torch._C._AutoDispatchBelowAutograd():
         if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
-            # Not Function.apply, which does for torch.func what the dispatcher has already done here.
-            record: Any = super(torch.autograd.Function, TokenStatistics).apply
+            asked = library.request(*request)
+            # What is to be done for torch.func the dispatcher has already done here.
             with enable_single_level_autograd_function():
-                return list(record(library.request(*request), len(student), labels, mask, temperature, *tensors))
+                return list(TokenStatistics.apply(asked, len(student), labels, mask, temperature, *tensors))
         return list(torch.ops.fastdiv.stats(student, teacher, labels, mask, temperature, *request))
 
 

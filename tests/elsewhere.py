@@ -104,20 +104,11 @@ def elsewhere(name: str, device: torch.device, module: ModuleType) -> Iterator[N
 
     Labels are checked there as on a CPU, so that the same errors come.
     """
-    statistics, loss = stats.TokenStatistics, linear.LinearLoss
+    outputs_of, loss = stats.outputs_of, linear.LinearLoss
 
-    def brought_home(request: Any, results: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        *outputs, state, compared = results
-        return (*(move(o, HOME) if request.backend == name else o for o in outputs), state, compared)
-
-    class Statistics:
-        @staticmethod
-        def apply(request: Any, *inputs: Any) -> tuple[Tensor, ...]:
-            return brought_home(request, statistics.apply(request, *inputs))
-
-        @staticmethod
-        def forward(request: Any, *inputs: Any) -> tuple[Tensor, ...]:
-            return brought_home(request, statistics.forward(request, *inputs))
+    def outputs(call: Any) -> tuple[Tensor, ...]:
+        found = outputs_of(call)
+        return tuple(move(o, HOME) for o in found) if call.request.backend == name else found
 
     class Loss:
         @staticmethod
@@ -132,7 +123,8 @@ def elsewhere(name: str, device: torch.device, module: ModuleType) -> Iterator[N
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("FASTDIV_CHECK", "1")
-        patch.setattr(stats, "TokenStatistics", Statistics)
+        for holder in (stats, linear):
+            patch.setattr(holder, "outputs_of", outputs)
         patch.setattr(linear, "LinearLoss", Loss)
         for holder in (stats, linear, module):
             if hasattr(holder, "prepare"):

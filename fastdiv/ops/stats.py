@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from fastdiv import checks, library, plain
-from fastdiv.autograd import TokenStatistics
+from fastdiv.autograd import TokenStatistics, TransformedStatistics
 from fastdiv.ops.call import Call, prepare
 from fastdiv.sources import LogProbabilities, Source
 
@@ -40,9 +42,12 @@ def outputs_of(call: Call) -> tuple[Tensor, ...]:
     """The outputs of a call, in its order."""
     beside = call.labels, call.mask, call.temperature
     student, teacher = call.tensors[: call.students], call.tensors[call.students :]
-    if plain.watched(*call.tensors, *beside) and not plain.transformed():
+    found: Sequence[Tensor]
+    if plain.transformed():
+        found = TransformedStatistics.apply(call.request, call.students, *beside, *call.tensors)
+    elif plain.watched(*call.tensors, *beside):
         found = library.stats(call.request, student, teacher, *beside)  # the operator has its own autograd
-    elif plain.transformed() or (torch.is_grad_enabled() and any(t.requires_grad for t in call.tensors)):
+    elif torch.is_grad_enabled() and any(t.requires_grad for t in call.tensors):
         found = TokenStatistics.apply(call.request, call.students, *beside, *call.tensors)
     else:
         found = library.run_stats(call.request, student, teacher, *beside)
