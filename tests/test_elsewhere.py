@@ -82,3 +82,18 @@ def test_calls_give_the_same_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_wrong_label_is_the_same_error_elsewhere() -> None:
     with elsewhere("reference", CPU, sys.modules[__name__]), pytest.raises(IndexError, match="got 9 at token 1"):
         fastdiv.log_prob(torch.zeros(2, 9), torch.tensor([0, 9]), backend="reference")
+
+
+@pytest.mark.parametrize("graph", [False, True])
+def test_outputs_come_home(graph: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    tools = sys.modules["elsewhere"]
+    move, seen = tools.move, []
+
+    def watched(value: Any, device: torch.device) -> Any:
+        seen.append(value)
+        return move(value, device)
+
+    monkeypatch.setattr(tools, "move", watched)
+    with elsewhere("reference", CPU, sys.modules[__name__]):
+        output = fastdiv.entropy(torch.randn(2, 9, requires_grad=graph), backend="reference")
+    assert_bitwise_equal(seen[-1], output)
