@@ -10,6 +10,10 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor
 
+UNNAMED = "fastdiv"
+"""Stands for the operator in errors raised where it is not known, until `checks.named` puts its name there; a compiled
+graph shows them as they are."""
+
 
 def describe(value: object) -> str:
     """What came, for an error message."""

@@ -21,9 +21,6 @@ WORKSPACE_OF_FULL_ROWS = 1 << 30
 """Elsewhere the height of a tile of full rows is that of the products it goes into: 256 MiB hold 524 rows of 128256
 (`linear_loss`, H200, 4096 tokens: 29.1 ms, with 1 GiB 23.0 ms)."""
 
-UNNAMED = "fastdiv: "
-"""Begins an error that `named` has yet to give an operator's name; a compiled graph shows it as it is."""
-
 _BOTH_KLS = "'forward_kl' KL(teacher || student) or 'reverse_kl' KL(student || teacher)"
 _ALIASES = {
     "kl": _BOTH_KLS,
@@ -292,5 +289,6 @@ class named:
         pass
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
-        if isinstance(error, (IndexError, ValueError)) and str(error).startswith(UNNAMED):
-            raise type(error)(f"{self._operator}: {str(error).removeprefix(UNNAMED)}") from None
+        unnamed = f"{accept.UNNAMED}: "
+        if isinstance(error, (IndexError, ValueError)) and str(error).startswith(unnamed):
+            raise type(error)(f"{self._operator}: {str(error).removeprefix(unnamed)}") from None

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fastdiv import backends
-from fastdiv.checks import UNNAMED
+from fastdiv.accept import UNNAMED
 from fastdiv.log import log
 from fastdiv.planner import Plan, plan, row_stride
 from fastdiv.request import Request
@@ -102,7 +102,7 @@ class Problem:
         if bool(invalid.any()):
             row, column = (int(i) for i in invalid.nonzero()[0])
             raise IndexError(
-                f"{UNNAMED}labels: expected values in [0, {self.vocabulary}) "
+                f"{UNNAMED}: labels: expected values in [0, {self.vocabulary}) "
                 f"or ignore_index {self.request.ignore_index}, got {int(tokens.labels[row, column])} "
                 f"at token {int(self.numbers[row])}"
             )
@@ -112,7 +112,7 @@ class Problem:
             value = 1.0 / self.request.temperature
             return torch.full((self.rows,), value, dtype=self.work, device=self.device)
         if self.device.type == "cpu" and not bool((temperature > 0.0).all()):
-            raise ValueError(f"{UNNAMED}temperature: expected numbers above 0, got {float(temperature.min())}")
+            raise ValueError(f"{UNNAMED}: temperature: expected numbers above 0, got {float(temperature.min())}")
         return self.gather(temperature.reshape(-1)).to(self.work).reciprocal()
 
     @property
@@ -126,8 +126,8 @@ class Problem:
 
     def plan(self, full_rows: bool) -> Plan:
         projected = (len(self.student) > 1) + (len(self.teacher) > 1)
-        cached, size = self.device.type == "cpu", self.work.itemsize
-        result = plan(self.rows, self.vocabulary, projected, size, self.request.workspace, full_rows, cached)
+        itemsize, cached = self.work.itemsize, self.device.type == "cpu"
+        result = plan(self.rows, self.vocabulary, projected, itemsize, self.request.workspace, full_rows, cached)
         log(
             "%s on %s: %d of %d tokens x %d, tiles of %d x %d",
             self.request.outputs, self.backend.name, self.rows, self.tokens, self.vocabulary,

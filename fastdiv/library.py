@@ -66,6 +66,7 @@ def stats(asked: Request, student: _Tensors, teacher: _Tensors, *beside: Tensor 
 
 
 def run_stats(asked: Request, student: _Tensors, teacher: _Tensors, *beside: Tensor | None) -> list[Tensor]:
+    """`stats` where nothing watches."""
     with engine.exact(student[0].device):
         outputs, state, compared = engine.forward(engine.Problem(asked, list(student), list(teacher), *beside))
     return [*outputs, state, compared]

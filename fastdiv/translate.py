@@ -22,7 +22,6 @@ _OPERATORS: dict[type[ast.AST], str] = {
     ast.Sub: "-",
     ast.Mult: "*",
     ast.Div: "/",
-    ast.Eq: "==",
     ast.Gt: ">",
     ast.Lt: "<",
     ast.GtE: ">=",
@@ -83,8 +82,9 @@ class _Cpp(ast.NodeVisitor):
     """One expression of the pointwise language as C++ text, its numbers float or double."""
 
     def __init__(self, kind: str) -> None:
-        # Both arms of a loop over floats are formed, so that what they share with others' arms is formed once.
+        # In float, which loops over the vocabulary take, both arms are computed: the compiler can share their parts.
         self._suffix, self._where = {"float": ("f", "chosen({}, {}, {})"), "double": ("", "({} ? {} : {})")}[kind]
+        self._scalar = kind == "double"  # may compare with infinities and return NaN
 
     def generic_visit(self, node: ast.AST) -> str:
         line = getattr(node, "lineno", "?")
@@ -108,13 +108,14 @@ class _Cpp(ast.NodeVisitor):
         return f"({self.visit(node.left)} {operator} {self.visit(node.right)})"
 
     def visit_Compare(self, node: ast.Compare) -> str:
-        operator = _OPERATORS.get(type(node.ops[0])) or self.generic_visit(node)
+        equal = self._scalar and isinstance(node.ops[0], ast.Eq)
+        operator = "==" if equal else _OPERATORS.get(type(node.ops[0])) or self.generic_visit(node)
         return f"{self.visit(node.left)} {operator} {self.visit(node.comparators[0])}"
 
     def visit_Call(self, node: ast.Call) -> str:
         if not isinstance(node.func, ast.Name):
             return self.generic_visit(node)
-        if node.func.id == "float":
+        if self._scalar and node.func.id == "float":
             return {"inf": "INFINITY", "nan": "NAN"}[ast.literal_eval(node.args[0])]
         arguments = [self.visit(a) for a in node.args]
         if node.func.id == "where":

@@ -141,7 +141,7 @@ def _import(name: str) -> Backend | str:
 
 def get(name: str) -> Backend:
     """The backend called `name`.  Raises ValueError for an unknown name, RuntimeError for an absent backend."""
-    backend = _load(accept.name("fastdiv", "backend", name, NAMES))
+    backend = _load(accept.name(accept.UNNAMED, "backend", name, NAMES))
     if isinstance(backend, str):
         raise RuntimeError(f"backend {name!r} is absent: {backend}")
     return backend
@@ -167,7 +167,7 @@ def select(dtypes: list[torch.dtype], device: torch.device, name: str | None) ->
     if asked:
         reason = _refusal(get(asked), dtypes, device)
         if reason:
-            raise ValueError(f"fastdiv: backend {asked!r} was asked for but {reason}")
+            raise ValueError(f"{accept.UNNAMED}: backend {asked!r} was asked for but {reason}")
         return asked
     for candidate in NAMES:
         backend = _load(candidate)
